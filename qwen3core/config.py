@@ -1,0 +1,95 @@
+"""The architecture's numbers, read from a checkpoint's config.json under the names that it uses there."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+
+# Fields that would change the arithmetic, with the only values that this implementation computes.
+_SERVED: dict[str, tuple] = {
+    "model_type": ("qwen3",),
+    "hidden_act": ("silu", None),
+    "attention_bias": (False, None),
+    "use_sliding_window": (False, None),
+    "partial_rotary_factor": (1.0, None),
+}
+_EXPECTED = {int: "a positive integer", float: "a positive number", bool: "true or false", str | None: "text"}
+
+
+@dataclass(frozen=True)
+class Qwen3Config:
+    """Shape of a Qwen3 decoder. ``head_dim`` is independent of ``hidden_size / num_attention_heads``."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int
+    rope_theta: float
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    dtype: str | None = None
+    """Name of the dtype the checkpoint was saved for (``torch_dtype`` in older files)."""
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Qwen3Config":
+        """Read and check a config.json. Raises CheckpointError."""
+        return cls.from_dict(read_json(Path(path)), str(path))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], source: str = "config") -> "Qwen3Config":
+        """Check a parsed config.json (transformers 4 or 5 spelling); ``source`` names it in errors."""
+        for field, served in _SERVED.items():
+            if (found := data.get(field)) not in served:
+                raise CheckpointError(f"{source}: {field}: expected {served[0]!r}, found {found!r}")
+        rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
+        if not isinstance(rope, Mapping):
+            raise CheckpointError(f"{source}: RoPE parameters: expected an object, found {rope!r}")
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        if rope_type != "default":
+            raise CheckpointError(
+                f"{source}: RoPE scaling: expected none (rope_type 'default'), found {rope_type!r}, not implemented"
+            )
+        if "sliding_attention" in (data.get("layer_types") or ()):
+            raise CheckpointError(f"{source}: layer_types: expected 'full_attention' only, found 'sliding_attention'")
+
+        values = dict(data, rope_theta=rope.get("rope_theta", data.get("rope_theta")))
+        values["dtype"] = data.get("dtype") or data.get("torch_dtype")
+        numbers: dict[str, Any] = {}
+        for field in fields(cls):
+            value, expected = values.get(field.name), _EXPECTED[field.type]
+            if value is None and field.default is not MISSING:
+                continue
+            right = isinstance(value, (int, float) if field.type is float else field.type)  # type: ignore[arg-type]
+            if not right or (field.type in (int, float) and (isinstance(value, bool) or not 0 < value < math.inf)):
+                raise CheckpointError(f"{source}: {field.name}: expected {expected}, found {value!r}")
+            numbers[field.name] = value
+        config = cls(**numbers)
+        if config.num_attention_heads % config.num_key_value_heads:
+            raise CheckpointError(
+                f"{source}: num_attention_heads: expected a multiple of num_key_value_heads "
+                f"({config.num_key_value_heads}), found {config.num_attention_heads}"
+            )
+        if config.head_dim % 2:
+            raise CheckpointError(f"{source}: head_dim: expected an even number, found {config.head_dim}")
+        return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON object from ``path``. Raises CheckpointError when it is missing or is anything else."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: expected a file, found {'a directory' if path.is_dir() else 'nothing'}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{path}: expected JSON, found something else ({error})") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data

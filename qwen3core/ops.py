@@ -1,0 +1,84 @@
+"""``Ops``: every operation that a kernel may replace, as one value.
+
+    model.ops = dataclasses.replace(model.ops, rms_norm=mine)     # swaps it everywhere, q_norm and k_norm included
+
+An operation that cannot serve an input raises and says why; nothing falls back in silence.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import reference
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One implementation of each operation. Signatures, shapes and precision: ``reference.py``, same names."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    rope: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
+    swiglu: Callable[[Tensor, Tensor], Tensor]
+    pool: Callable[[Tensor, Tensor, int, bool], Tensor]
+
+    @staticmethod
+    def reference() -> "Ops":
+        """The specification."""
+        return Ops(**{field.name: getattr(reference, field.name) for field in fields(Ops)})
+
+    @staticmethod
+    def torch() -> "Ops":
+        """What stock PyTorch ships fused: ``rms_norm`` and ``scaled_dot_product_attention``; else the reference."""
+        return Ops(
+            rms_norm=_rms_norm,
+            rope=reference.rope,
+            attention=_sdpa,
+            swiglu=reference.swiglu,
+            pool=reference.pool,
+        )
+
+    def __repr__(self) -> str:
+        names = (getattr(self, field.name) for field in fields(self))
+        return f"Ops({', '.join(f'{f.__module__}.{f.__qualname__}' for f in names)})"
+
+
+def resolve(ops: "Ops | str") -> Ops:
+    """``"auto"`` (now ``torch``), ``"reference"``, ``"torch"``, or an Ops, to an Ops."""
+    if isinstance(ops, Ops):
+        return ops
+    sets = {"auto": Ops.torch, "reference": Ops.reference, "torch": Ops.torch}
+    if ops not in sets:
+        raise InputError(f"ops: expected one of {', '.join(sets)}, or an Ops, found {ops!r}")
+    return sets[ops]()
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> Tensor:
+    out = []
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for q0, q1, k0, k1 in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
+        queries, keys, values = (x.transpose(0, 1)[None] for x in (q[q0:q1], k[k0:k1], v[k0:k1]))
+        mask = None
+        if q1 - q0 < k1 - k0:  # SDPA's own is_causal is aligned at the top left
+            mask = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool, device=q.device).tril((k1 - k0) - (q1 - q0))
+        elif q1 - q0 > k1 - k0:
+            raise InputError(f"attention: expected no more queries than keys, found {q1 - q0} and {k1 - k0}")
+        z = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=mask is None, enable_gqa=True)
+        out.append(z[0].transpose(0, 1))
+    return torch.cat(out)

@@ -1,0 +1,87 @@
+"""The specification: each operation in the fewest clear lines, with transformers' arithmetic, cast for cast.
+
+Every other implementation is tested against these functions, and these, bit for bit, against transformers'
+``modeling_qwen3`` with eager attention. Symbols: ``T`` packed tokens, ``N`` sequences, ``D`` head dimension,
+``H`` hidden size. Where transformers says float32, these use float32 or wider, so that float64 inputs give a
+float64 oracle.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .errors import InputError
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension; [..., H] to [..., H], dtype kept.
+
+    The mean and the division are float32; the result is cast to x's dtype *before* the multiplication by weight.
+    """
+    wide = at_least_float32(x)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate q [T, Hq, D] and k [T, Hkv, D] by cos, sin [T, D], in the model's dtype.
+
+    Pairs are (i, i + D/2), the two halves, not neighbours (i, i + 1).
+    """
+
+    def rotate(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
+
+    return rotate(q), rotate(k)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> Tensor:
+    """Causal grouped-query attention inside each sequence; q [Tq, Hq, D], k and v [Tk, Hkv, D] to [Tq, Hq, D].
+
+    Query head h reads key head ``h // (Hq / Hkv)``. Causality is aligned at the bottom right: the last query of a
+    sequence sees all its keys, so queries may be fewer than keys. Scores are scaled by ``D ** -0.5`` in the
+    model's dtype, softmax is float32, probabilities are cast back before they multiply v.
+    The max_seqlen arguments are for kernels that size a grid by them. Raises InputError where a sequence has more
+    queries than keys.
+    """
+    out = []
+    groups = q.shape[1] // k.shape[1]
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for q0, q1, k0, k1 in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
+        if q1 - q0 > k1 - k0:
+            raise InputError(f"attention: expected no more queries than keys, found {q1 - q0} and {k1 - k0}")
+        queries = q[q0:q1].transpose(0, 1)
+        keys = k[k0:k1].transpose(0, 1).repeat_interleave(groups, dim=0)
+        values = v[k0:k1].transpose(0, 1).repeat_interleave(groups, dim=0)
+        scores = queries @ keys.transpose(1, 2) * q.shape[2] ** -0.5
+        visible = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).tril((k1 - k0) - (q1 - q0))
+        scores = at_least_float32(scores.masked_fill(~visible, -torch.inf))
+        out.append((scores.softmax(dim=-1).to(q.dtype) @ values).transpose(0, 1))
+    return torch.cat(out)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up``; [T, I] each, in the model's dtype."""
+    return F.silu(gate) * up
+
+
+def pool(hidden_states: Tensor, cu_seqlens: Tensor, dim: int, normalize: bool) -> Tensor:
+    """Last token of each sequence, cut to ``dim``, then L2-normalised; [T, H] to [N, dim], float32 arithmetic and result.
+
+    The cut comes before the norm (Matryoshka representation learning, arXiv:2205.13147).
+    """
+    last = at_least_float32(hidden_states[cu_seqlens[1:].long() - 1])[:, :dim]
+    return F.normalize(last, dim=-1) if normalize else last

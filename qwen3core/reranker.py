@@ -1,0 +1,92 @@
+"""(query, document) to P(yes)."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+from .pretrained import Pretrained
+from .prompts import DEFAULT_TASK, reranker_body
+
+
+class Reranker(Pretrained):
+    """Qwen3-Reranker. ``Reranker.from_pretrained(path_or_id)``, then ``predict`` or ``rank``."""
+
+    needs_head = True
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.yes_id, self.no_id = self.tokenizer.yes_no()
+
+    def predict(
+        self,
+        pairs: Iterable[Sequence[str]],
+        *,
+        instruction: str | None = None,
+        batch_tokens: int | None = None,
+        convert_to_tensor: bool = False,
+        show_progress_bar: bool | None = None,
+    ) -> Any:
+        """P(yes) that each document meets its query: float32 [n]; one (query, document) gives one number.
+
+        Returns numpy, or a tensor on the model's device with convert_to_tensor. Raises InputError.
+        """
+        if isinstance(pairs, str) or not isinstance(pairs, Iterable):
+            raise InputError(f"pairs: expected a list of (query, document), found {type(pairs).__name__}")
+        pairs = list(pairs)
+        single = len(pairs) == 2 and all(isinstance(part, str) for part in pairs)
+        task = DEFAULT_TASK if instruction is None else instruction
+        bodies = []
+        for index, pair in enumerate([pairs] if single else pairs):
+            if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+                raise InputError(f"pair {index}: expected (query, document), found {_describe(pair)}")
+            for part, role in zip(pair, ("query", "document"), strict=True):
+                if not isinstance(part, str):
+                    raise InputError(f"pair {index}: {role}: expected text (str), found {type(part).__name__}")
+            bodies.append(reranker_body(task, pair[0], pair[1]))
+        pooled = self.pooled(
+            self.tokenizer.reranking(bodies, self.max_length),
+            normalize=False,
+            batch_tokens=batch_tokens,
+            show_progress_bar=show_progress_bar,
+        )
+        scores = self.score(pooled).detach()
+        result = scores[0] if single else scores
+        return result if convert_to_tensor else result.cpu().numpy()
+
+    def rank(
+        self,
+        query: str,
+        documents: Iterable[str],
+        *,
+        instruction: str | None = None,
+        top_k: int | None = None,
+        return_documents: bool = False,
+        **options: Any,
+    ) -> list[dict[str, Any]]:
+        """Documents by P(yes), best first: ``{"corpus_id", "score"}`` and ``"text"`` with return_documents."""
+        if isinstance(documents, str):
+            raise InputError("documents: expected a list of texts, found one text")
+        documents = list(documents)
+        scores = self.predict([(query, d) for d in documents], instruction=instruction, **options)
+        ranking: list[dict[str, Any]] = [{"corpus_id": i, "score": float(s)} for i, s in enumerate(scores)]
+        ranking.sort(key=lambda hit: -hit["score"])
+        if return_documents:
+            ranking = [dict(hit, text=documents[hit["corpus_id"]]) for hit in ranking]
+        return ranking[:top_k]
+
+    def score(self, pooled: Tensor) -> Tensor:
+        """P(yes) [N] from last hidden states [N, H], both float32: sigmoid of ``pooled . (w_yes - w_no)``.
+
+        Equals the softmax over the logits of yes and no, with two rows of the head in place of all, and the
+        difference taken in float32, where near-ties survive.
+        """
+        head = self.model.lm_head or self.model.embed_tokens
+        yes, no = head.weight[torch.tensor([self.yes_id, self.no_id], device=pooled.device)].to(pooled.dtype)
+        return torch.sigmoid(pooled @ (yes - no))
+
+
+def _describe(pair: object) -> str:
+    return f"{len(pair)} items" if isinstance(pair, (list, tuple)) else type(pair).__name__

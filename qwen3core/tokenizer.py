@@ -1,0 +1,113 @@
+"""Text to token ids by the checkpoints' conventions: only content is ever truncated, never EOS, never a template."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from . import prompts
+from .errors import CheckpointError, InputError
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer.json.
+
+    Its post-processor, truncation and padding are not used: whether or not it appends ``<|endoftext|>``, this class
+    does so exactly once for embedding and never for reranking.
+
+    Text that spells a special token (``<|im_end|>``) becomes that token, as in transformers; ``split_special_tokens``
+    makes it plain text instead, for texts that are not trusted. As there, tokens that tokenizer.json does not mark
+    as special (``<think>``, ``<tool_call>``) are still recognised; they cannot end a turn.
+    """
+
+    def __init__(self, path: str | Path, *, split_special_tokens: bool = False) -> None:
+        """Read a tokenizer.json. Raises CheckpointError where it is missing, broken, or lacks a token of the templates."""
+        self.path = Path(path)
+        self.split_special_tokens = split_special_tokens
+        if not self.path.is_file():
+            raise CheckpointError(f"{self.path}: expected a tokenizer file, found nothing")
+        try:
+            self.backend = tokenizers.Tokenizer.from_file(str(self.path))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{self.path}: expected a tokenizer of the tokenizers library ({error})") from error
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        added = self.backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.eos = self._single(prompts.EOS)
+
+    def content(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of the texts alone. Raises InputError, naming the index, for what is not Unicode text."""
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InputError(f"input {index}: expected text (str), found {type(text).__name__}")
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise InputError(
+                    f"input {index}: expected Unicode text, found a lone surrogate {text[error.start]!r} "
+                    f"at character {error.start}"
+                ) from None
+        return self._encode(list(texts), split=self.split_special_tokens)
+
+    def embedding(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
+        """Ids of each text, then EOS; at most ``max_length`` each, with one warning for all that were truncated."""
+        return self._truncate(self.content(texts), [], [self.eos], max_length)
+
+    def reranking(self, bodies: Sequence[str], max_length: int) -> list[list[int]]:
+        """Prefix, body, suffix, joined as ids; the body alone is truncated. Warns where a body holds special tokens."""
+        prefix, suffix = self._encode([prompts.RERANKER_PREFIX, prompts.RERANKER_SUFFIX], split=False)
+        contents = self.content(bodies)
+        special = sum(not self.special_ids.isdisjoint(ids) for ids in contents)
+        if special:
+            warnings.warn(
+                f"{special} of {len(contents)} inputs contain special tokens such as <|im_end|>, which can close the "
+                "template early; pass split_special_tokens=True to from_pretrained to read them as plain text",
+                stacklevel=2,
+            )
+        return self._truncate(contents, prefix, suffix, max_length)
+
+    def yes_no(self) -> tuple[int, int]:
+        """Ids of the two answers. Raises CheckpointError where one is not a single token."""
+        return self._single(prompts.YES), self._single(prompts.NO)
+
+    def check_vocabulary(self, rows: int) -> None:
+        """Raise CheckpointError unless this vocabulary fits an embedding matrix of ``rows``.
+
+        Matrices may be padded (151,936 rows for 151,669 tokens), and official ones may lack the last few added
+        tokens, so the base vocabulary and EOS must fit, and no more than 1,024 rows may stay unused.
+        """
+        base, total = self.backend.get_vocab_size(with_added_tokens=False), self.backend.get_vocab_size()
+        if not max(base, self.eos + 1) <= rows <= total + 1024:
+            raise CheckpointError(
+                f"{self.path}: vocabulary: expected one for the {rows} rows of embed_tokens.weight, found {total} tokens"
+            )
+
+    def _single(self, text: str) -> int:
+        ids = self._encode([text], split=False)[0]
+        if len(ids) != 1:
+            raise CheckpointError(f"{self.path}: {text!r}: expected one token, found {len(ids)}: {ids}")
+        return ids[0]
+
+    def _encode(self, texts: list[str], *, split: bool) -> list[list[int]]:
+        self.backend.encode_special_tokens = split
+        return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _truncate(
+        self, contents: list[list[int]], prefix: list[int], suffix: list[int], max_length: int
+    ) -> list[list[int]]:
+        room = max_length - len(prefix) - len(suffix)
+        if room < 1:
+            raise InputError(
+                f"max_length: expected more than the {len(prefix) + len(suffix)} tokens around each input, "
+                f"found {max_length}"
+            )
+        truncated = sum(len(ids) > room for ids in contents)
+        if truncated:
+            warnings.warn(
+                f"{truncated} of {len(contents)} inputs were longer than max_length={max_length} tokens and were "
+                "truncated",
+                stacklevel=2,
+            )
+        return [[*prefix, *ids[:room], *suffix] for ids in contents]

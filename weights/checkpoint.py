@@ -1,0 +1,194 @@
+"""Find a checkpoint, read its safetensors, check every tensor, and assign them, memory-mapped, to a model.
+
+Nothing is renamed: keys are parameter names, with or without a leading ``model.``. Other formats (pickled .bin, GGUF)
+are refused, since a pickle runs code.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import huggingface_hub
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qwen3core.config import Qwen3Config, read_json
+from qwen3core.errors import CheckpointError, InputError
+from qwen3core.model import Qwen3Model
+from qwen3core.ops import Ops
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def find(path_or_id: str | Path, *, revision: str | None = None) -> Path:
+    """The directory of a checkpoint: ``path_or_id`` itself, or a hub id's snapshot, downloaded if need be.
+
+    The local cache answers first; HF_HOME, HF_HUB_OFFLINE and HF_TOKEN are honoured. Raises CheckpointError.
+    """
+    path = Path(path_or_id)
+    if path.is_dir():
+        if revision is not None:
+            raise InputError(f"revision: expected none with the local directory {path}, found {revision!r}")
+        return path
+    name = str(path_or_id)
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
+        found = "a file" if path.exists() else "nothing there"
+        raise CheckpointError(f"{name}: expected a checkpoint directory or a hub id like owner/name, found {found}")
+    wanted = {"revision": revision, "allow_patterns": ["*.json", "*.safetensors"]}
+    try:
+        cached = Path(huggingface_hub.snapshot_download(name, local_files_only=True, **wanted))  # type: ignore[arg-type]
+        if (cached / "tokenizer.json").exists() and all((cached / name).exists() for name in _weight_map(cached).values()):
+            return cached
+    except (huggingface_hub.errors.LocalEntryNotFoundError, CheckpointError):
+        pass  # not cached, or in part: fetch what is missing
+    try:
+        return Path(huggingface_hub.snapshot_download(name, **wanted))  # type: ignore[arg-type]
+    except Exception as error:  # the hub's client raises from several libraries
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{name}: expected a local directory, a cached or a reachable hub id, found none "
+            f"({type(error).__name__}: {reason})"
+        ) from error
+
+
+def load_model(
+    directory: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    ops: str | Ops = "auto",
+    head: bool = False,
+) -> Qwen3Model:
+    """A model with the checkpoint's weights, strictly checked; ``head`` for a reranker.
+
+    dtype: a torch dtype or its name; ``"auto"`` is config.json's, else the tensors'. Where dtype and device keep the
+    tensors as stored, they are pages of the file: opening costs no copy. Raises CheckpointError.
+    """
+    directory = Path(directory)
+    config = Qwen3Config.from_file(directory / "config.json")
+    tensors = Tensors(directory)
+    tensors.require_layers(config.num_hidden_layers)
+    rows = tensors.shape("embed_tokens.weight")[0]  # the tensor is right; config.json may give a padded size
+    with torch.device("meta"):
+        model = Qwen3Model(replace(config, vocab_size=rows), ops, lm_head=head and not config.tie_word_embeddings)
+    tensors.check({name: tuple(p.shape) for name, p in model.state_dict().items()})
+    target = as_dtype(config.dtype or tensors.dtype("embed_tokens.weight") if dtype == "auto" else dtype)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.load_state_dict({name: tensors[name].to(where, target) for name in model.state_dict()}, assign=True)
+    return model.eval()
+
+
+class Tensors:
+    """The tensors of a checkpoint by parameter name (no ``model.``), read on access, as pages of the file."""
+
+    def __init__(self, directory: str | Path) -> None:
+        """Open every safetensors file and index its tensors. Raises CheckpointError."""
+        self.directory = Path(directory)
+        self._where: dict[str, tuple[Path, str, safe_open]] = {}
+        weight_map = _weight_map(self.directory)
+        for file in sorted({self.directory / shard for shard in weight_map.values()}):
+            handle = _open(file)
+            for key in handle.keys():
+                name = key.removeprefix("model.")
+                if name in self._where:
+                    other, other_key, _ = self._where[name]
+                    raise CheckpointError(
+                        f"{file}: tensor {key!r}: expected it once, found it also in {other.name} as {other_key!r}"
+                    )
+                self._where[name] = (file, key, handle)
+        for key, shard in weight_map.items():
+            if key and (found := self._locate(key.removeprefix("model."))[0].name) != shard:
+                raise CheckpointError(
+                    f"{self.directory / INDEX}: tensor {key!r}: expected it in {shard}, found it in {found}"
+                )
+
+    def __getitem__(self, name: str) -> Tensor:
+        _, key, handle = self._locate(name)
+        return handle.get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        _, key, handle = self._locate(name)
+        return tuple(handle.get_slice(key).get_shape())
+
+    def dtype(self, name: str) -> str:
+        file, key, handle = self._locate(name)
+        found = handle.get_slice(key).get_dtype()
+        if found not in DTYPES:
+            raise CheckpointError(f"{file}: tensor {key!r}: expected dtype {', '.join(DTYPES)}, found {found}")
+        return str(DTYPES[found])
+
+    def require_layers(self, count: int) -> None:
+        """Before a model of ``count`` layers is built: an absurd count in config.json must not build one."""
+        found = {name.split(".")[1] for name in self if name.startswith("layers.")}
+        if len(found) != count:
+            raise CheckpointError(
+                f"{self.directory}: num_hidden_layers: expected {count} layers as in config.json, found {len(found)}"
+            )
+
+    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Raise CheckpointError unless every tensor is there, known, floating-point and of the expected shape."""
+        for name, shape in expected.items():
+            self.dtype(name)
+            if (found := self.shape(name)) != shape:
+                file, key, _ = self._locate(name)
+                raise CheckpointError(f"{file}: tensor {key!r}: expected shape {list(shape)}, found {list(found)}")
+        for name in self:
+            # A head that this job does not need is known, and left on disk.
+            if name not in expected and name != "lm_head.weight":
+                file, key, _ = self._locate(name)
+                raise CheckpointError(f"{file}: tensor {key!r}: expected only the tensors of a Qwen3 decoder, found it")
+
+    def _locate(self, name: str) -> tuple[Path, str, safe_open]:
+        if name not in self._where:
+            files = ", ".join(sorted({file.name for file, _, _ in self._where.values()}))
+            raise CheckpointError(f"{self.directory}: tensor {name!r}: expected it in {files}, found it nowhere")
+        return self._where[name]
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """Tensor key to file name, from the index; ``{"": SINGLE}`` for a checkpoint of one file."""
+    if (directory / SINGLE).exists():
+        return {"": SINGLE}
+    index = directory / INDEX
+    if not index.exists():
+        suffixes = {".bin", ".pt", ".pth", ".gguf", ".h5", ".onnx", ".npz"}
+        others = ", ".join(sorted(p.name for p in directory.iterdir() if p.suffix in suffixes))
+        found = f"{others}, which this does not read" if others else "neither"
+        raise CheckpointError(f"{directory}: expected {SINGLE} or {INDEX}, found {found}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map: expected an object of tensor to file, found {weight_map!r:.80}")
+    for key, shard in weight_map.items():
+        inside = isinstance(shard, str) and shard == PurePosixPath(shard).name == PureWindowsPath(shard).name
+        if not inside or not shard.endswith(".safetensors") or "\0" in shard:
+            raise CheckpointError(
+                f"{index}: tensor {key!r}: expected the name of a .safetensors file in this directory, "
+                f"found {shard!r:.200}"
+            )
+    return weight_map
+
+
+def _open(file: Path) -> safe_open:
+    if not file.is_file():
+        raise CheckpointError(f"{file}: expected a safetensors file, found {'no file' if file.exists() else 'nothing'}")
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file}: expected a safetensors file, found {file.stat().st_size} bytes that are not one ({error})"
+        ) from error
+
+
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """``torch.bfloat16``, ``"bfloat16"`` or ``"torch.bfloat16"``, if it is one that models are stored in."""
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if named not in DTYPES.values():
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES.values())
+        raise InputError(f"dtype: expected one of auto, {names}, found {dtype!r}")
+    return named
