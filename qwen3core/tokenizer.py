@@ -64,7 +64,7 @@ class Tokenizer:
             warnings.warn(
                 f"{special} of {len(contents)} inputs contain special tokens such as <|im_end|>, which can close the "
                 "template early; pass split_special_tokens=True to from_pretrained to read them as plain text",
-                stacklevel=2,
+                stacklevel=3,
             )
         return self._truncate(contents, prefix, suffix, max_length)
 
@@ -84,6 +84,10 @@ class Tokenizer:
                 f"{self.path}: vocabulary: expected one for the {rows} rows of embed_tokens.weight, found {total} tokens"
             )
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        return self.backend.decode(list(ids), skip_special_tokens=False)
+
     def _single(self, text: str) -> int:
         ids = self._encode([text], split=False)[0]
         if len(ids) != 1:
@@ -94,9 +98,8 @@ class Tokenizer:
         self.backend.encode_special_tokens = split
         return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def _truncate(
-        self, contents: list[list[int]], prefix: list[int], suffix: list[int], max_length: int
-    ) -> list[list[int]]:
+    @staticmethod
+    def _truncate(contents: list[list[int]], prefix: list[int], suffix: list[int], max_length: int) -> list[list[int]]:
         room = max_length - len(prefix) - len(suffix)
         if room < 1:
             raise InputError(
@@ -108,6 +111,6 @@ class Tokenizer:
             warnings.warn(
                 f"{truncated} of {len(contents)} inputs were longer than max_length={max_length} tokens and were "
                 "truncated",
-                stacklevel=2,
+                stacklevel=4,
             )
         return [[*prefix, *ids[:room], *suffix] for ids in contents]

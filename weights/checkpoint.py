@@ -40,7 +40,9 @@ def find(path_or_id: str | Path, *, revision: str | None = None) -> Path:
     wanted = {"revision": revision, "allow_patterns": ["*.json", "*.safetensors"]}
     try:
         cached = Path(huggingface_hub.snapshot_download(name, local_files_only=True, **wanted))  # type: ignore[arg-type]
-        if (cached / "tokenizer.json").exists() and all((cached / name).exists() for name in _weight_map(cached).values()):
+        if (cached / "tokenizer.json").exists() and all(
+            (cached / name).exists() for name in _weight_map(cached).values()
+        ):
             return cached
     except (huggingface_hub.errors.LocalEntryNotFoundError, CheckpointError):
         pass  # not cached, or in part: fetch what is missing

@@ -108,7 +108,9 @@ def _write_config(directory: Path, layout: Layout, eos: int) -> None:
         "pad_token_id": eos,
     }
     _write_json(directory / "config.json", {**fixed, **numbers})
-    _write_json(directory / "generation_config.json", {"bos_token_id": eos, "eos_token_id": eos, "max_new_tokens": 2048})
+    _write_json(
+        directory / "generation_config.json", {"bos_token_id": eos, "eos_token_id": eos, "max_new_tokens": 2048}
+    )
     if layout.kind == "embedding":
         modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
         _write_json(
@@ -151,7 +153,11 @@ def _write_weights(directory: Path, layout: Layout, seed: int, sparse: bool) -> 
 
 
 def _write_safetensors(
-    path: Path, tensors: list[tuple[str, tuple[int, ...], str]], dtype: torch.dtype, seed: int | None, config: Qwen3Config
+    path: Path,
+    tensors: list[tuple[str, tuple[int, ...], str]],
+    dtype: torch.dtype,
+    seed: int | None,
+    config: Qwen3Config,
 ) -> None:
     """Header, then each tensor as it is made: constant memory at any size, and holes where seed is None."""
     names = {value: key for key, value in DTYPES.items()}
@@ -220,9 +226,7 @@ def small_tokenizer() -> tokenizers.Tokenizer:
     tok.post_processor = processors.ByteLevel(trim_offsets=False)
     text = [prompts.RERANKER_PREFIX, prompts.RERANKER_BODY, prompts.DEFAULT_TASK, __doc__, *["yes", "no"] * 100]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tok.train_from_iterator(
-        text, trainers.BpeTrainer(vocab_size=576, initial_alphabet=alphabet, show_progress=False)
-    )
+    tok.train_from_iterator(text, trainers.BpeTrainer(vocab_size=576, initial_alphabet=alphabet, show_progress=False))
     tok.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tok.add_tokens([AddedToken(token, special=False, normalized=False) for token in ADDED])
     return tok
@@ -231,7 +235,9 @@ def small_tokenizer() -> tokenizers.Tokenizer:
 def _write_tokenizer(directory: Path, layout: Layout, tok: tokenizers.Tokenizer, source: Path | None) -> None:
     if layout.kind == "embedding":  # the official embedding checkpoints append EOS in the post-processor
         eos = (prompts.EOS, tok.token_to_id(prompts.EOS))
-        template = processors.TemplateProcessing(single=f"$A {eos[0]}", pair=f"$A {eos[0]} $B:1 {eos[0]}:1", special_tokens=[eos])
+        template = processors.TemplateProcessing(
+            single=f"$A {eos[0]}", pair=f"$A {eos[0]} $B:1 {eos[0]}:1", special_tokens=[eos]
+        )
         tok.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
     tok.save(str(directory / "tokenizer.json"))
     model = json.loads(tok.to_str())["model"]

@@ -1,0 +1,294 @@
+"""The qwen3core command: demo, embed, rerank, parity, inspect, synthesize."""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import prompts, samples
+from .config import Qwen3Config
+from .embedder import Embedder
+from .errors import InputError, Qwen3CoreError
+from .pretrained import MAX_LENGTH
+from .reranker import Reranker
+from .tokenizer import Tokenizer
+from .weights.checkpoint import Tensors, find
+
+FORMATS = (".jsonl", ".npy", ".safetensors")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; the exit status is 0, 1 (a check failed) or 2 (bad input, said on stderr)."""
+    args = _parser().parse_args(argv)
+    warnings.formatwarning = lambda message, *_, **__: f"qwen3core: {message}\n"
+    try:
+        return args.run(args)
+    except (Qwen3CoreError, OSError) as error:
+        print(f"qwen3core: {error}", file=sys.stderr)
+        return 2
+
+
+def demo(args: argparse.Namespace) -> int:
+    from .weights.synthesize import synthesize
+
+    query, documents = samples.QUERIES[1], samples.DOCUMENTS
+    with tempfile.TemporaryDirectory() as folder:
+        embedder = Embedder.from_pretrained(synthesize(f"{folder}/e", "Qwen3-Embedding-small"), dtype="float32")
+        reranker = Reranker.from_pretrained(synthesize(f"{folder}/r", "Qwen3-Reranker-small"), dtype="float32")
+        vectors = embedder.encode_document(documents)
+        cosines = embedder.similarity(embedder.encode_query(query), vectors)[0]
+        ranking = reranker.rank(query, documents, return_documents=True)
+    print(f"{len(documents)} documents embedded as vectors of {vectors.shape[1]}; ranked for the query: {query}\n")
+    print("P(yes)  cosine  document")
+    for hit in ranking:
+        print(f" {hit['score']:.3f}  {cosines[hit['corpus_id']]:+.3f}  {hit['text'].splitlines()[0][:80]}")
+    print(
+        "\nThese checkpoints are synthesized, with random weights: the ranking shows that all works, and means nothing."
+    )
+    print("For meaning: qwen3core rerank Qwen/Qwen3-Reranker-0.6B --query QUERY TEXT ...   (downloads 1.2 GB)")
+    return 0
+
+
+def embed(args: argparse.Namespace) -> int:
+    texts = [_text(row, "text", where) for row, where in _read(args.inputs)]
+    embedder = Embedder.from_pretrained(args.model, **_loading(args))
+    encode = embedder.encode_query if args.query or args.instruction is not None else embedder.encode_document
+    options = {"instruction": args.instruction} if args.instruction is not None else {}
+    vectors = encode(texts, truncate_dim=args.dim, batch_tokens=args.batch_tokens, **options)
+    rows = ({"text": text, "embedding": vector.tolist()} for text, vector in zip(texts, vectors, strict=True))
+    _write(args.output, "embeddings", vectors, rows)
+    return 0
+
+
+def rerank(args: argparse.Namespace) -> int:
+    rows = _read(args.inputs)
+    if args.query is not None:
+        pairs = [(args.query, _text(row, "text", where)) for row, where in rows]
+    else:
+        for row, where in rows:
+            if not isinstance(row, dict):
+                raise InputError(f"{where}: expected --query, or .jsonl rows with query and document, found text")
+        pairs = [(_text(row, "query", where), _text(row, "document", where)) for row, where in rows]
+    reranker = Reranker.from_pretrained(args.model, **_loading(args))
+    scores = reranker.predict(pairs, instruction=args.instruction, batch_tokens=args.batch_tokens)
+    hits = [
+        {"corpus_id": i, "score": float(score), "query": query, "text": text}
+        for i, (score, (query, text)) in enumerate(zip(scores, pairs, strict=True))
+    ]
+    if args.query is not None:
+        hits = sorted(hits, key=lambda hit: -hit["score"])[: args.top_k]
+    _write(args.output, "scores", scores, hits)
+    return 0
+
+
+def parity(args: argparse.Namespace) -> int:
+    try:
+        from .parity import parity as compare
+
+        report = compare(
+            args.model,
+            revision=args.revision,
+            kind=args.kind,
+            texts=[_text(row, "text", where) for row, where in _read(args.inputs)] or None,
+            dtype=args.dtype,
+            ops=args.ops,
+            device=args.device or "cpu",
+            max_length=args.max_length,
+        )
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise InputError(
+            "parity: expected transformers to be installed (pip install transformers), found none"
+        ) from error
+    print(report)
+    print(f"\n{'Equal within tolerance.' if report.ok else 'NOT equal within tolerance.'}")
+    return 0 if report.ok else 1
+
+
+def inspect(args: argparse.Namespace) -> int:
+    directory = find(args.model, revision=args.revision)
+    config = Qwen3Config.from_file(directory / "config.json")
+    tensors = Tensors(directory)
+    shapes = {name: tensors.shape(name) for name in tensors}
+    print(directory, *(f"  {name}: {value}" for name, value in vars(config).items()), sep="\n")
+    parameters = sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values())
+    print(f"\n{len(shapes)} tensors, {parameters:,} parameters; layers 1 and up repeat the shapes of layer 0:")
+    for name, shape in shapes.items():
+        if not name.startswith("layers.") or name.startswith("layers.0."):
+            print(f"  {name:44} {tensors.dtype(name).removeprefix('torch.'):9} {list(shape)}")
+
+    tokenizer = Tokenizer(directory / "tokenizer.json")
+    tokenizer.check_vocabulary(shapes["embed_tokens.weight"][0])
+    prefix, suffix = (tokenizer.content([text])[0] for text in (prompts.RERANKER_PREFIX, prompts.RERANKER_SUFFIX))
+    plain = tokenizer.embedding(["gravity"], max_length=8192)[0]
+    body = "gravity " * 40
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cut = tokenizer.reranking([body], max_length=len(prefix) + 8 + len(suffix))[0]
+    yes, no = tokenizer.yes_no()
+    checks: dict[str, bool] = {
+        f"{prompts.EOS} ({tokenizer.eos}) closes an embedding input exactly once": plain[-1] == tokenizer.eos
+        and plain.count(tokenizer.eos) == 1,
+        f"the reranker's prefix is {len(prefix)} tokens that decode to its bytes": tokenizer.decode(prefix)
+        == prompts.RERANKER_PREFIX,
+        f"the reranker's suffix is {len(suffix)} tokens that decode to its bytes": tokenizer.decode(suffix)
+        == prompts.RERANKER_SUFFIX,
+        "truncation keeps prefix and suffix": cut == [*prefix, *tokenizer.content([body])[0][:8], *suffix],
+        f"yes is token {yes} and no is token {no}": yes != no,
+    }
+    print("\ntokenizer")
+    for what, right in checks.items():
+        print(f"  {'ok  ' if right else 'FAIL'} {what}")
+    return 0 if all(checks.values()) else 1
+
+
+def synthesize(args: argparse.Namespace) -> int:
+    from .weights.synthesize import synthesize as write
+
+    if args.directory.exists() and any(args.directory.iterdir()):
+        raise InputError(f"{args.directory}: expected a new or an empty directory, found files in it")
+    print(write(args.directory, args.layout, seed=args.seed, tokenizer=args.tokenizer))
+    return 0
+
+
+# ------------------------------------------------------------------------------------------- reading and writing
+
+
+def _read(inputs: Sequence[str]) -> list[tuple[Any, str]]:
+    """(text or JSON row, where it came from) of every text, .txt line, .jsonl row, and line of standard input (-)."""
+    rows: list[tuple[Any, str]] = []
+    for item in inputs:
+        if item == "-":
+            lines = sys.stdin.read().splitlines()
+        elif item.endswith((".txt", ".jsonl")):
+            try:
+                lines = Path(item).read_text(encoding="utf-8").splitlines()
+            except UnicodeDecodeError as error:
+                raise InputError(f"{item}: expected UTF-8 text, found byte {error.object[error.start]:#x}") from error
+        else:
+            rows.append((item, f"argument {item[:40]!r}"))
+            continue
+        for number, line in enumerate(lines, 1):
+            where = f"{'standard input' if item == '-' else item}, line {number}"
+            rows.append((_json(line, where) if item.endswith(".jsonl") else line, where))
+    return rows
+
+
+def _json(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: expected JSON, found {line[:80]!r}") from error
+
+
+def _text(row: Any, field: str, where: str) -> str:
+    text = row.get(field) if isinstance(row, dict) else row
+    if not isinstance(text, str):
+        raise InputError(f"{where}: expected a text, or an object with a text {field!r}, found {str(row)[:80]}")
+    return text
+
+
+def _write(output: str, name: str, array: NDArray[np.float32], rows: Any) -> None:
+    """To a file by its suffix, whole or not at all; ``-`` is .jsonl on standard output."""
+    if output == "-":
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False))
+        return
+
+    def jsonl(path: str) -> None:
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def safetensors(path: str) -> None:
+        from safetensors.numpy import save_file
+
+        save_file({name: array}, path)
+
+    writers: dict[str, Callable[[str], None]] = {
+        ".jsonl": jsonl,
+        ".npy": lambda path: np.save(path, array),
+        ".safetensors": safetensors,
+    }
+    target = Path(output)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        part = os.path.join(folder, target.name)
+        writers[target.suffix](part)
+        os.replace(part, target)
+
+
+def _output(value: str) -> str:
+    if value != "-" and not value.endswith(FORMATS):
+        raise argparse.ArgumentTypeError(f"expected a name ending in {', '.join(FORMATS)}, or -, found {value!r}")
+    if value != "-" and not Path(value).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected an existing directory, found none at {Path(value).parent}")
+    return value
+
+
+def _loading(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("revision", "dtype", "device", "ops", "max_length", "split_special_tokens")
+    return {name: getattr(args, name) for name in names}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qwen3core", description="Qwen3-Embedding and Qwen3-Reranker in plain PyTorch."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(run: Callable[[argparse.Namespace], int], text: str, *, model: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(run.__name__, help=text, description=text)
+        sub.set_defaults(run=run)
+        if model:
+            sub.add_argument("model", metavar="MODEL", help="checkpoint directory or hub id")
+            sub.add_argument("--revision", help="branch, tag or commit of the hub id")
+        return sub
+
+    def running(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16")
+        sub.add_argument("--device", help="cpu, cuda, ...; the first GPU where there is one")
+        sub.add_argument("--ops", default="auto", help="auto, reference or torch")
+        sub.add_argument("--max-length", type=int, default=MAX_LENGTH, help="tokens per input, template included")
+
+    def working(sub: argparse.ArgumentParser, what: str) -> None:
+        sub.add_argument(
+            "inputs", nargs="+", metavar="INPUT", help=f"{what}: a text, a .txt or .jsonl file, or - (stdin)"
+        )
+        sub.add_argument(
+            "-o", "--output", type=_output, default="-", help="FILE.jsonl, .npy or .safetensors; - is stdout"
+        )
+        sub.add_argument("--instruction", help="the task, in one sentence")
+        sub.add_argument("--batch-tokens", type=int, help="most tokens in one batch")
+        sub.add_argument(
+            "--split-special-tokens", action="store_true", help="read <|im_end|> and the like as plain text"
+        )
+        running(sub)
+
+    command(demo, "embed and rerank a few texts with a tiny random checkpoint, offline", model=False)
+    sub = command(embed, "texts to vectors")
+    working(sub, "one text per line, or .jsonl rows with 'text'")
+    sub.add_argument("--query", action="store_true", help="the texts are queries (implied by --instruction)")
+    sub.add_argument("--dim", type=int, help="keep the first components only, then normalise")
+    sub = command(rerank, "documents by P(yes) for a query, or scores of pairs")
+    working(sub, "one document per line, .jsonl rows with 'text', or without --query rows with 'query' and 'document'")
+    sub.add_argument("--query", help="rank the inputs for this query")
+    sub.add_argument("--top-k", type=int, help="with --query: only the best")
+    sub = command(parity, "compare with transformers, layer by layer")
+    sub.add_argument("inputs", nargs="*", metavar="INPUT", help="texts to compare on; a few built-in ones by default")
+    sub.add_argument("--kind", default="auto", choices=("auto", "embedding", "reranker"))
+    running(sub)
+    command(inspect, "configuration, tensors and tokenizer self-check")
+    sub = command(synthesize, "write a checkpoint with random weights in the official layout", model=False)
+    sub.add_argument("directory", type=Path)
+    sub.add_argument("--layout", default="Qwen3-Embedding-small", help="e.g. Qwen3-Reranker-0.6B, Qwen3-Embedding-8B")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--tokenizer", type=Path, help="a tokenizer.json; a small one is built otherwise")
+    return parser

@@ -1,0 +1,41 @@
+"""Checkpoints and paths that all tests share."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qwen3core.weights.synthesize import synthesize
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+REAL_TOKENIZER = SHARED / "tokenizer" / "tokenizer.json"
+
+
+@pytest.fixture(scope="session")
+def embedding_dir(tmp_path_factory):
+    """A small embedding checkpoint, official layout, bfloat16; read only."""
+    return synthesize(tmp_path_factory.mktemp("checkpoints") / "embedding", "Qwen3-Embedding-small")
+
+
+@pytest.fixture(scope="session")
+def reranker_dir(tmp_path_factory):
+    """A small reranker checkpoint, official layout, bfloat16; read only."""
+    return synthesize(tmp_path_factory.mktemp("checkpoints") / "reranker", "Qwen3-Reranker-small")
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer():
+    """Path of the real Qwen3 tokenizer.json; skips, saying so, where the checkout has no shared folder beside it."""
+    if not REAL_TOKENIZER.exists():
+        pytest.skip(f"the real Qwen3 tokenizer is not at ../{REAL_TOKENIZER.relative_to(ROOT.parent)}")
+    return REAL_TOKENIZER
+
+
+@pytest.fixture(scope="session")
+def facts():
+    """facts.json on the official checkpoints; skips where absent."""
+    path = SHARED / "official" / "facts.json"
+    if not path.exists():
+        pytest.skip(f"no facts at ../{path.relative_to(ROOT.parent)}")
+    return json.loads(path.read_text("utf-8"))

@@ -1,0 +1,21 @@
+"""Every tolerance of the test suite, with its reason. None is widened to make a test pass."""
+
+from qwen3core.parity import FP32_TOLERANCE, LOW_PRECISION_RATIO
+
+# transformers, left-padded, float32: its own batch differs from its single run by about 2e-6 (positions shifted by
+# the padding are rounded differently); the smallest planted mistake (eps) moves the result by 1e-4.
+EMBEDDING_FP32 = FP32_TOLERANCE
+SCORE_FP32 = FP32_TOLERANCE
+HIDDEN_FP32 = FP32_TOLERANCE  # relative to the largest value of the tensor, which is not of unit norm
+
+# Error against float64, as a multiple of transformers' error in the same dtype.
+BF16_RATIO = LOW_PRECISION_RATIO
+
+# One text alone against the same text in a batch: only the blocking of matmuls differs, unit vectors, float32.
+SAME_TEXT_FP32 = 1e-6
+
+# Published numbers. The model card prints float32 results of one GPU at unknown library versions; vLLM's for the same
+# texts differ from it by 3e-3 in bf16, transformers' own by less than 1e-4 in float32.
+PUBLISHED_FP32 = 1e-3
+PUBLISHED_BF16 = 1e-2
+PUBLISHED_LOGIT_FP32 = 1e-3  # the published test allows 1e-4 on the machine that made it
