@@ -11,7 +11,7 @@ from .errors import InputError
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """``N`` sequences in ``T`` tokens; sequence ``n`` is ``[cu_seqlens[n], cu_seqlens[n + 1])`` of every packed tensor."""
+    """``N`` sequences in ``T`` tokens; sequence n is rows ``cu_seqlens[n]:cu_seqlens[n + 1]`` of any packed tensor."""
 
     input_ids: Tensor
     """[T] int64."""

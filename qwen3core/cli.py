@@ -50,9 +50,7 @@ def demo(args: argparse.Namespace) -> int:
     print("P(yes)  cosine  document")
     for hit in ranking:
         print(f" {hit['score']:.3f}  {cosines[hit['corpus_id']]:+.3f}  {hit['text'].splitlines()[0][:80]}")
-    print(
-        "\nThese checkpoints are synthesized, with random weights: the ranking shows that all works, and means nothing."
-    )
+    print("\nThese checkpoints are synthesized, with random weights: all of it ran, and the ranking means nothing.")
     print("For meaning: qwen3core rerank Qwen/Qwen3-Reranker-0.6B --query QUERY TEXT ...   (downloads 1.2 GB)")
     return 0
 
@@ -106,9 +104,7 @@ def parity(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name != "transformers":
             raise
-        raise InputError(
-            "parity: expected transformers to be installed (pip install transformers), found none"
-        ) from error
+        raise InputError("parity: expected transformers (pip install transformers), found it missing") from error
     print(report)
     print(f"\n{'Equal within tolerance.' if report.ok else 'NOT equal within tolerance.'}")
     return 0 if report.ok else 1

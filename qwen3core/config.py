@@ -46,9 +46,9 @@ class Qwen3Config:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: str = "config") -> "Qwen3Config":
         """Check a parsed config.json (transformers 4 or 5 spelling); ``source`` names it in errors."""
-        for field, served in _SERVED.items():
-            if (found := data.get(field)) not in served:
-                raise CheckpointError(f"{source}: {field}: expected {served[0]!r}, found {found!r}")
+        for name, served in _SERVED.items():
+            if (found := data.get(name)) not in served:
+                raise CheckpointError(f"{source}: {name}: expected {served[0]!r}, found {found!r}")
         rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
         if not isinstance(rope, Mapping):
             raise CheckpointError(f"{source}: RoPE parameters: expected an object, found {rope!r}")
@@ -64,12 +64,13 @@ class Qwen3Config:
         values["dtype"] = data.get("dtype") or data.get("torch_dtype")
         numbers: dict[str, Any] = {}
         for field in fields(cls):
-            value, expected = values.get(field.name), _EXPECTED[field.type]
+            kind: Any = field.type
+            value: Any = values.get(field.name)
             if value is None and field.default is not MISSING:
                 continue
-            right = isinstance(value, (int, float) if field.type is float else field.type)  # type: ignore[arg-type]
-            if not right or (field.type in (int, float) and (isinstance(value, bool) or not 0 < value < math.inf)):
-                raise CheckpointError(f"{source}: {field.name}: expected {expected}, found {value!r}")
+            right = isinstance(value, (int, float) if kind is float else kind)
+            if not right or (kind in (int, float) and (isinstance(value, bool) or not 0 < value < math.inf)):
+                raise CheckpointError(f"{source}: {field.name}: expected {_EXPECTED[kind]}, found {value!r}")
             numbers[field.name] = value
         config = cls(**numbers)
         if config.num_attention_heads % config.num_key_value_heads:

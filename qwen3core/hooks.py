@@ -77,11 +77,15 @@ class Activations(Mapping[str, Tensor]):
         self._records: dict[str, list[tuple[PackedBatch, Tensor]]] = {name: [] for name in names}
 
     def __getitem__(self, name: str) -> Tensor:
-        """All passes of one point, concatenated in the order computed. Raises InputError where there is none."""
-        return torch.cat([x for _, x in self._passes(name)])
+        """One point's tensor itself, or all passes concatenated in the order computed. Raises InputError if none."""
+        passes = [x for _, x in self._passes(name)]
+        return passes[0] if len(passes) == 1 else torch.cat(passes)
 
     def __iter__(self) -> Iterator[str]:
         return (name for name, passes in self._records.items() if passes)
+
+    def __contains__(self, name: object) -> bool:
+        return bool(self._records.get(str(name)))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

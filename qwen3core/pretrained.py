@@ -98,9 +98,8 @@ class Pretrained:
     ) -> Tensor:
         """Run token id sequences in batches; the pooled rows [n, dim] float32, in the order given."""
         width = dim or self.model.config.hidden_size
-        out = torch.empty(
-            len(sequences), width, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device
-        )
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        out = torch.empty(len(sequences), width, dtype=dtype, device=self.device)
         rows = self.model.embed_tokens.num_embeddings
         for index, ids in enumerate(sequences):
             if max(ids) >= rows:

@@ -79,7 +79,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def pool(hidden_states: Tensor, cu_seqlens: Tensor, dim: int, normalize: bool) -> Tensor:
-    """Last token of each sequence, cut to ``dim``, then L2-normalised; [T, H] to [N, dim], float32 arithmetic and result.
+    """Last token of each sequence, cut to ``dim``, then L2-normalised; [T, H] to [N, dim], in float32.
 
     The cut comes before the norm (Matryoshka representation learning, arXiv:2205.13147).
     """

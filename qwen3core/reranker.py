@@ -42,10 +42,11 @@ class Reranker(Pretrained):
         for index, pair in enumerate([pairs] if single else pairs):
             if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
                 raise InputError(f"pair {index}: expected (query, document), found {_describe(pair)}")
-            for part, role in zip(pair, ("query", "document"), strict=True):
-                if not isinstance(part, str):
-                    raise InputError(f"pair {index}: {role}: expected text (str), found {type(part).__name__}")
-            bodies.append(reranker_body(task, pair[0], pair[1]))
+            query, document = pair
+            for role, text in (("query", query), ("document", document)):
+                if not isinstance(text, str):
+                    raise InputError(f"pair {index}: {role}: expected text (str), found {type(text).__name__}")
+            bodies.append(reranker_body(task, str(query), str(document)))
         pooled = self.pooled(
             self.tokenizer.reranking(bodies, self.max_length),
             normalize=False,
@@ -78,14 +79,18 @@ class Reranker(Pretrained):
         return ranking[:top_k]
 
     def score(self, pooled: Tensor) -> Tensor:
-        """P(yes) [N] from last hidden states [N, H], both float32: sigmoid of ``pooled . (w_yes - w_no)``.
-
-        Equals the softmax over the logits of yes and no, with two rows of the head in place of all, and the
-        difference taken in float32, where near-ties survive.
-        """
+        """P(yes) [N] from last hidden states [N, H] float32, with two rows of the head in place of all."""
         head = self.model.lm_head or self.model.embed_tokens
-        yes, no = head.weight[torch.tensor([self.yes_id, self.no_id], device=pooled.device)].to(pooled.dtype)
-        return torch.sigmoid(pooled @ (yes - no))
+        return p_yes(pooled, head.weight[torch.tensor([self.yes_id, self.no_id], device=pooled.device)])
+
+
+def p_yes(pooled: Tensor, yes_no: Tensor) -> Tensor:
+    """sigmoid(pooled . (w_yes - w_no)): [N, H] float32 and the two rows [2, H] of the head to [N] float32.
+
+    Equals the softmax over the two logits; the difference is taken in float32, where near-ties survive.
+    """
+    yes, no = yes_no.to(pooled.dtype)
+    return torch.sigmoid(pooled @ (yes - no))
 
 
 def _describe(pair: object) -> str:

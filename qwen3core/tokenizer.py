@@ -22,7 +22,7 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path, *, split_special_tokens: bool = False) -> None:
-        """Read a tokenizer.json. Raises CheckpointError where it is missing, broken, or lacks a token of the templates."""
+        """Read a tokenizer.json. Raises CheckpointError where it is missing, broken, or has no ``<|endoftext|>``."""
         self.path = Path(path)
         self.split_special_tokens = split_special_tokens
         if not self.path.is_file():
@@ -81,7 +81,7 @@ class Tokenizer:
         base, total = self.backend.get_vocab_size(with_added_tokens=False), self.backend.get_vocab_size()
         if not max(base, self.eos + 1) <= rows <= total + 1024:
             raise CheckpointError(
-                f"{self.path}: vocabulary: expected one for the {rows} rows of embed_tokens.weight, found {total} tokens"
+                f"{self.path}: vocabulary: expected one for embed_tokens.weight of {rows} rows, found {total} tokens"
             )
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -37,17 +37,23 @@ def find(path_or_id: str | Path, *, revision: str | None = None) -> Path:
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
         found = "a file" if path.exists() else "nothing there"
         raise CheckpointError(f"{name}: expected a checkpoint directory or a hub id like owner/name, found {found}")
-    wanted = {"revision": revision, "allow_patterns": ["*.json", "*.safetensors"]}
+
+    def snapshot(local_files_only: bool) -> Path:
+        patterns = ["*.json", "*.safetensors"]
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, allow_patterns=patterns, local_files_only=local_files_only
+            )
+        )
+
     try:
-        cached = Path(huggingface_hub.snapshot_download(name, local_files_only=True, **wanted))  # type: ignore[arg-type]
-        if (cached / "tokenizer.json").exists() and all(
-            (cached / name).exists() for name in _weight_map(cached).values()
-        ):
+        cached = snapshot(local_files_only=True)
+        if all((cached / file).exists() for file in ["tokenizer.json", *_weight_map(cached).values()]):
             return cached
     except (huggingface_hub.errors.LocalEntryNotFoundError, CheckpointError):
         pass  # not cached, or in part: fetch what is missing
     try:
-        return Path(huggingface_hub.snapshot_download(name, **wanted))  # type: ignore[arg-type]
+        return snapshot(local_files_only=False)
     except Exception as error:  # the hub's client raises from several libraries
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -69,18 +75,23 @@ def load_model(
     dtype: a torch dtype or its name; ``"auto"`` is config.json's, else the tensors'. Where dtype and device keep the
     tensors as stored, they are pages of the file: opening costs no copy. Raises CheckpointError.
     """
-    directory = Path(directory)
-    config = Qwen3Config.from_file(directory / "config.json")
+    model, tensors = open_model(directory, ops=ops, head=head)
+    target = as_dtype(dtype, model, tensors)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.load_state_dict({name: tensors[name].to(where, target) for name in model.state_dict()}, assign=True)
+    return model
+
+
+def open_model(directory: str | Path, *, ops: str | Ops = "auto", head: bool = False) -> tuple[Qwen3Model, "Tensors"]:
+    """A model on the meta device and the tensors that fit it, strictly checked, none of them read yet."""
+    config = Qwen3Config.from_file(Path(directory) / "config.json")
     tensors = Tensors(directory)
     tensors.require_layers(config.num_hidden_layers)
     rows = tensors.shape("embed_tokens.weight")[0]  # the tensor is right; config.json may give a padded size
     with torch.device("meta"):
         model = Qwen3Model(replace(config, vocab_size=rows), ops, lm_head=head and not config.tie_word_embeddings)
     tensors.check({name: tuple(p.shape) for name, p in model.state_dict().items()})
-    target = as_dtype(config.dtype or tensors.dtype("embed_tokens.weight") if dtype == "auto" else dtype)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model.load_state_dict({name: tensors[name].to(where, target) for name in model.state_dict()}, assign=True)
-    return model.eval()
+    return model.eval(), tensors
 
 
 class Tensors:
@@ -93,7 +104,7 @@ class Tensors:
         weight_map = _weight_map(self.directory)
         for file in sorted({self.directory / shard for shard in weight_map.values()}):
             handle = _open(file)
-            for key in handle.keys():
+            for key in handle.keys():  # noqa: SIM118 - not a dict
                 name = key.removeprefix("model.")
                 if name in self._where:
                     other, other_key, _ = self._where[name]
@@ -187,10 +198,12 @@ def _open(file: Path) -> safe_open:
         ) from error
 
 
-def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """``torch.bfloat16``, ``"bfloat16"`` or ``"torch.bfloat16"``, if it is one that models are stored in."""
+def as_dtype(dtype: str | torch.dtype, model: Qwen3Model, tensors: Tensors) -> torch.dtype:
+    """``torch.bfloat16`` or ``"bfloat16"``, if models are stored in it; ``"auto"`` is the checkpoint's own."""
+    if dtype == "auto":
+        dtype = model.config.dtype or tensors.dtype("embed_tokens.weight")
     named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if named not in DTYPES.values():
+    if not isinstance(named, torch.dtype) or named not in DTYPES.values():
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES.values())
         raise InputError(f"dtype: expected one of auto, {names}, found {dtype!r}")
     return named

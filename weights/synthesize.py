@@ -9,7 +9,6 @@ answers of the reranker that do not saturate. On plain N(0, 0.02) weights, half 
 import json
 import shutil
 import struct
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -37,10 +36,10 @@ class Layout:
 
 
 def _layouts() -> dict[str, Layout]:
-    def config(*numbers: int, tied: bool) -> Qwen3Config:
-        return Qwen3Config(*numbers, rope_theta=1e6, tie_word_embeddings=tied, dtype="bfloat16")  # type: ignore[misc]
+    def config(v: int, h: int, i: int, layers: int, hq: int, hkv: int, positions: int, tied: bool) -> Qwen3Config:
+        return Qwen3Config(v, h, i, layers, hq, hkv, positions, 1e6, tie_word_embeddings=tied, dtype="bfloat16")
 
-    # vocabulary, hidden, intermediate, layers, query heads, key heads, positions
+    # vocabulary, hidden size, intermediate size, layers, query heads, key heads, positions
     return {
         "Qwen3-Embedding-small": Layout(config(0, 64, 160, 4, 4, 2, 32768, tied=True), "embedding"),
         "Qwen3-Reranker-small": Layout(config(0, 64, 160, 4, 4, 2, 40960, tied=True), "reranker"),
@@ -80,6 +79,8 @@ def synthesize(
     if not sparse and (tokenizer is None or layout.config.vocab_size == 0):
         layout = replace(layout, config=replace(layout.config, vocab_size=tok.get_vocab_size()))
     eos = tok.token_to_id(prompts.EOS)
+    if eos is None:
+        raise InputError(f"{tokenizer}: expected a tokenizer with {prompts.EOS}, found none")
     _write_config(directory, layout, eos)
     _write_tokenizer(directory, layout, tok, Path(tokenizer) if tokenizer else None)
     _write_weights(directory, layout, seed, sparse)
@@ -108,9 +109,7 @@ def _write_config(directory: Path, layout: Layout, eos: int) -> None:
         "pad_token_id": eos,
     }
     _write_json(directory / "config.json", {**fixed, **numbers})
-    _write_json(
-        directory / "generation_config.json", {"bos_token_id": eos, "eos_token_id": eos, "max_new_tokens": 2048}
-    )
+    _write_json(directory / "generation_config.json", {"bos_token_id": eos, "eos_token_id": eos})
     if layout.kind == "embedding":
         modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
         _write_json(
@@ -201,14 +200,15 @@ PATTERN = (
 )
 """Qwen's pre-tokenizer."""
 
-SPECIAL = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
-    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
-).split()
-ADDED = (
-    "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> "
-    "<tool_response> </tool_response> <think> </think>"
-).split()
+SPECIAL = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
+    *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>"),
+    *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+]
+ADDED = [
+    *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
+    *("<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
+]
 """Qwen's added tokens that tokenizer.json does not mark as special."""
 
 
@@ -235,10 +235,8 @@ def small_tokenizer() -> tokenizers.Tokenizer:
 def _write_tokenizer(directory: Path, layout: Layout, tok: tokenizers.Tokenizer, source: Path | None) -> None:
     if layout.kind == "embedding":  # the official embedding checkpoints append EOS in the post-processor
         eos = (prompts.EOS, tok.token_to_id(prompts.EOS))
-        template = processors.TemplateProcessing(
-            single=f"$A {eos[0]}", pair=f"$A {eos[0]} $B:1 {eos[0]}:1", special_tokens=[eos]
-        )
-        tok.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+        append = processors.TemplateProcessing(single=f"$A {eos[0]}", special_tokens=[eos])
+        tok.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), append])
     tok.save(str(directory / "tokenizer.json"))
     model = json.loads(tok.to_str())["model"]
     _write_json(directory / "vocab.json", model["vocab"])

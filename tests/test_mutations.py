@@ -1,0 +1,164 @@
+"""Planted mistakes: each must make a parity check fail. A check that no mistake fails proves nothing."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_parity import check_bit_identity, check_embedding_fp32, check_reranker_fp32
+from torch.nn import functional as F
+
+from qwen3core import Embedder, Ops, Qwen3Config, Tokenizer, prompts, reference
+from qwen3core.model import DecoderLayer
+
+CHECKS = {
+    "embedding": lambda dirs: check_embedding_fp32(dirs.embedding, "reference"),
+    "reranker": lambda dirs: check_reranker_fp32(dirs.reranker, "reference"),
+    "bits": lambda dirs: check_bit_identity(dirs.embedding, torch.bfloat16),
+}
+
+
+@pytest.fixture(scope="module")
+def dirs(embedding_dir, reranker_dir):
+    return SimpleNamespace(embedding=embedding_dir, reranker=reranker_dir)
+
+
+def ops(**wrong):
+    """Plant wrong operations in the reference set."""
+    mutated = dataclasses.replace(Ops.reference(), **wrong)
+    return lambda patch: patch.setattr(Ops, "reference", staticmethod(lambda: mutated))
+
+
+def config(**wrong):
+    right = Qwen3Config.from_dict
+    mutated = staticmethod(lambda *args: dataclasses.replace(right(*args), **wrong))
+    return lambda patch: patch.setattr(Qwen3Config, "from_dict", mutated)
+
+
+def no_norm(heads):
+    """rms_norm left out for tensors of this many heads: 4 is q_norm, 2 is k_norm in the small checkpoints."""
+    return lambda x, w, eps: x if x.dim() == 3 and x.shape[1] == heads else reference.rms_norm(x, w, eps)
+
+
+def weight_before_cast(x, weight, eps):
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def rope_interleaved(q, k, cos, sin):
+    cos, sin = (x[:, None, : x.shape[1] // 2] for x in (cos, sin))
+
+    def rotate(x):
+        even, odd = x[..., ::2], x[..., 1::2]
+        return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+
+    return rotate(q), rotate(k)
+
+
+def not_causal(q, k, v, cu_q, cu_k, *lengths):
+    parts = []
+    for a, b in zip(cu_q.tolist(), cu_q.tolist()[1:], strict=False):
+        x, y, z = (t[a:b].transpose(0, 1)[None] for t in (q, k, v))
+        parts.append(F.scaled_dot_product_attention(x, y, z, enable_gqa=True)[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+def across_sequences(q, k, v, cu_q, cu_k, *lengths):
+    one = cu_q[[0, -1]]
+    return reference.attention(q, k, v, one, one, *lengths)
+
+
+def wrong_group(q, k, v, *rest):
+    """Head h reads key head h % Hkv: repeat where repeat_interleave is right."""
+    groups = q.shape[1] // k.shape[1]
+    return reference.attention(q, k.repeat(1, groups, 1), v.repeat(1, groups, 1), *rest)
+
+
+def pooled_early(hidden_states, cu_seqlens, dim, normalize):
+    starts = cu_seqlens.clone()
+    starts[1:] = torch.maximum(cu_seqlens[1:] - 1, cu_seqlens[:-1] + 1)
+    return reference.pool(hidden_states, starts, dim, normalize)
+
+
+def cut_after_normalise(hidden_states, cu_seqlens, dim, normalize):
+    return reference.pool(hidden_states, cu_seqlens, hidden_states.shape[1], normalize)[:, :dim]
+
+
+def content(change):
+    """Change what Tokenizer.embedding returns."""
+    right = Tokenizer.embedding
+    return lambda patch: patch.setattr(Tokenizer, "embedding", lambda self, *a: [change(s) for s in right(self, *a)])
+
+
+def swap_yes_no(patch):
+    right = Tokenizer.yes_no
+    patch.setattr(Tokenizer, "yes_no", lambda self: right(self)[::-1])
+
+
+def truncate_suffix(patch):
+    right = Tokenizer._truncate
+
+    def wrong(contents, prefix, suffix, max_length):
+        return [[*ids, *suffix][:max_length] for ids in right(contents, prefix, [], max_length)]
+
+    patch.setattr(Tokenizer, "_truncate", staticmethod(wrong))
+
+
+def no_mlp_residual(patch):
+    right = DecoderLayer.forward
+
+    def wrong(self, x, *args):
+        out = right(self, x, *args)
+        return out - x
+
+    patch.setattr(DecoderLayer, "forward", wrong)
+
+
+def replace_text(name, old, new):
+    wrong = getattr(prompts, name).replace(old, new)
+    assert wrong != getattr(prompts, name)
+    return lambda patch: patch.setattr(prompts, name, wrong)
+
+
+MUTATIONS = {
+    "q_norm dropped": ("embedding", ops(rms_norm=no_norm(4))),
+    "k_norm dropped": ("embedding", ops(rms_norm=no_norm(2))),
+    "rope interleaved": ("embedding", ops(rope=rope_interleaved)),
+    "rope theta 1e4": ("embedding", config(rope_theta=1e4)),
+    "eps 1e-5": ("embedding", config(rms_norm_eps=1e-5)),
+    "norm weight applied before the cast": ("bits", ops(rms_norm=weight_before_cast)),
+    "no causal mask": ("embedding", ops(attention=not_causal)),
+    "attention across sequences": ("embedding", ops(attention=across_sequences)),
+    "wrong KV group": ("embedding", ops(attention=wrong_group)),
+    "gate and up swapped": ("embedding", ops(swiglu=lambda gate, up: reference.swiglu(up, gate))),
+    "residual stream dropped": ("embedding", no_mlp_residual),
+    "pooled one token early": ("embedding", ops(pool=pooled_early)),
+    "EOS missing": ("embedding", content(lambda ids: ids[:-1] or ids)),
+    "EOS doubled": ("embedding", content(lambda ids: [*ids, ids[-1]])),
+    "normalised before the MRL cut": ("embedding", ops(pool=cut_after_normalise)),
+    "space after Query:": ("embedding", replace_text("EMBEDDING_QUERY", "Query:", "Query: ")),
+    "no space after <Query>:": ("reranker", replace_text("RERANKER_BODY", "<Query>: ", "<Query>:")),
+    "yes and no swapped": ("reranker", swap_yes_no),
+    "suffix truncated": ("reranker", truncate_suffix),
+    "suffix without its last newline": ("reranker", replace_text("RERANKER_SUFFIX", "</think>\n\n", "</think>\n")),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_planted_mistake_fails_parity(dirs, monkeypatch, name):
+    check, plant = MUTATIONS[name]
+    CHECKS[check](dirs)  # passes without the mistake
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        CHECKS[check](dirs)
+
+
+def test_the_mistakes_reach_the_call(dirs, monkeypatch):
+    """A mutation that is never called would fail nothing for the wrong reason; this one raises where it is used."""
+
+    def boom(*args):
+        raise ZeroDivisionError
+
+    ops(attention=boom)(monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        Embedder.from_pretrained(dirs.embedding, ops="reference").encode("x")

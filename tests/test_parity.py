@@ -1,0 +1,153 @@
+"""Equal to transformers: embeddings and scores in batches of mixed lengths, hidden states bit for bit.
+
+The checks are functions of a checkpoint alone, so that test_mutations.py can plant mistakes under them.
+"""
+
+import functools
+
+import pytest
+import torch
+from tolerances import BF16_RATIO, EMBEDDING_FP32, SCORE_FP32
+from torch.nn import functional as F
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from qwen3core import Embedder, Reranker, Tokenizer, capture, load_model, pack
+from qwen3core.parity import parity
+
+TASK = "Given a question, retrieve the passage that answers it"
+SENTENCES = (
+    "Gravity pulls two bodies towards each other. ",
+    "Brot braucht Mehl, Wasser, Salz und Zeit. ",
+    "北京是中国的首都。",
+    "def f(x): return x**2  # square\n",
+)
+# 1 token (EOS alone) to about 600 tokens of the small vocabulary.
+TEXTS = ["", "a", "yes", *SENTENCES, *(SENTENCES[i % 4] * (i + 2) for i in range(9)), SENTENCES[0] * 22]
+MAX_LENGTH = 400  # of the reranker's check: the longest pair is truncated
+PAIRS = [(query, text) for query in ("what is gravity?", "Brot") for text in TEXTS]
+
+
+@functools.lru_cache
+def transformers_embeddings(directory, dtype, dim, task=TASK):
+    """The model card's recipe: prompts, left padding, last token, cut, normalise."""
+    tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
+    model = AutoModel.from_pretrained(directory, dtype=dtype).eval()
+    inputs = [f"Instruct: {task}\nQuery:{text}" for text in TEXTS] + TEXTS
+    batch = tokenizer(inputs, padding=True, truncation=True, max_length=8192, return_tensors="pt")
+    assert batch["attention_mask"].sum(1).min() == 1
+    assert batch["attention_mask"].sum(1).max() >= 600
+    with torch.no_grad():
+        last = model(**batch).last_hidden_state[:, -1]
+    return F.normalize(last[:, :dim], p=2, dim=1).float()
+
+
+@functools.lru_cache
+def transformers_scores(directory, dtype, task=TASK):
+    """The model card's recipe, verbatim in behaviour: logits of all positions, log_softmax over (no, yes)."""
+    tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    no, yes = tokenizer.convert_tokens_to_ids("no"), tokenizer.convert_tokens_to_ids("yes")
+    prefix = tokenizer.encode(
+        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+        'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n',
+        add_special_tokens=False,
+    )
+    suffix = tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n", add_special_tokens=False)
+    bodies = [f"<Instruct>: {task}\n<Query>: {query}\n<Document>: {document}" for query, document in PAIRS]
+    room = MAX_LENGTH - len(prefix) - len(suffix)
+    inputs = tokenizer(bodies, padding=False, truncation="longest_first", return_attention_mask=False, max_length=room)
+    assert max(map(len, inputs["input_ids"])) == room
+    inputs["input_ids"] = [prefix + ids + suffix for ids in inputs["input_ids"]]
+    batch = tokenizer.pad(inputs, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**batch).logits[:, -1, :]
+    return torch.stack([logits[:, no], logits[:, yes]], dim=1).log_softmax(dim=1)[:, 1].exp().float()
+
+
+def our_embeddings(directory, dtype, ops, dim):
+    embedder = Embedder.from_pretrained(directory, dtype=dtype, ops=ops, device="cpu")
+    options = {"truncate_dim": dim, "convert_to_tensor": True, "batch_tokens": 1500}
+    queries = embedder.encode_query(TEXTS, instruction=TASK, **options)
+    return torch.cat([queries, embedder.encode_document(TEXTS, **options)])
+
+
+def our_scores(directory, dtype, ops):
+    reranker = Reranker.from_pretrained(directory, dtype=dtype, ops=ops, device="cpu", max_length=MAX_LENGTH)
+    with pytest.warns(UserWarning, match="longer than max_length=400"):
+        return reranker.predict(PAIRS, instruction=TASK, convert_to_tensor=True, batch_tokens=3000)
+
+
+def check_embedding_fp32(directory, ops, dim=48):
+    theirs = transformers_embeddings(directory, torch.float32, dim)
+    ours = our_embeddings(directory, torch.float32, ops, dim)
+    assert ours.dtype == torch.float32
+    assert (ours - theirs).abs().max() <= EMBEDDING_FP32
+
+
+def check_reranker_fp32(directory, ops):
+    theirs = transformers_scores(directory, torch.float32)
+    assert theirs.std() > 0.05  # scores that differ, or nothing would be tested
+    assert (our_scores(directory, torch.float32, ops) - theirs).abs().max() <= SCORE_FP32
+
+
+def check_bit_identity(directory, dtype):
+    """One sequence, reference ops against transformers' eager attention, every layer."""
+    model = load_model(directory, dtype=dtype, ops="reference", device="cpu")
+    theirs = AutoModel.from_pretrained(directory, dtype=dtype, attn_implementation="eager").eval()
+    tokenizer = Tokenizer(directory / "tokenizer.json")
+    states = {}
+    for i, layer in enumerate(theirs.layers):
+        layer.register_forward_hook(lambda _, args, out, i=i: states.update({f"layers.{i}.resid_post": out}))
+    for text in ("", SENTENCES[1], SENTENCES[0] * 12):
+        ids = tokenizer.embedding([text], 8192)
+        with torch.no_grad(), capture(model, "embed", "layers.*.resid_post", "final_norm") as acts:
+            model(pack(ids))
+        states.clear()
+        with torch.no_grad():
+            out = theirs(torch.tensor(ids), output_hidden_states=True)
+        states |= {"embed": out.hidden_states[0], "final_norm": out.last_hidden_state}
+        assert states.keys() == acts.keys()
+        for name, state in states.items():
+            assert torch.equal(acts[name], state[0]), name
+
+
+@pytest.mark.parametrize("ops", ["reference", "torch"])
+def test_embeddings_equal_transformers(embedding_dir, ops):
+    check_embedding_fp32(embedding_dir, ops)
+
+
+@pytest.mark.parametrize("ops", ["reference", "torch"])
+def test_scores_equal_transformers(reranker_dir, ops):
+    check_reranker_fp32(reranker_dir, ops)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_hidden_states_are_bit_identical(embedding_dir, dtype):
+    check_bit_identity(embedding_dir, dtype)
+
+
+@pytest.mark.parametrize("ops", ["reference", "torch"])
+def test_bf16_error_is_no_larger_than_transformers(embedding_dir, reranker_dir, ops):
+    exact = our_embeddings(embedding_dir, torch.float64, "reference", 64)
+    theirs = (transformers_embeddings(embedding_dir, torch.bfloat16, 64) - exact).norm()
+    assert (our_embeddings(embedding_dir, torch.bfloat16, ops, 64) - exact).norm() <= BF16_RATIO * theirs
+
+    exact = our_scores(reranker_dir, torch.float64, "reference")
+    theirs = (transformers_scores(reranker_dir, torch.bfloat16) - exact).norm()
+    assert (our_scores(reranker_dir, torch.bfloat16, ops) - exact).norm() <= BF16_RATIO * theirs
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ops", ["reference", "torch"])
+@pytest.mark.parametrize("kind", ["embedding", "reranker"])
+def test_parity_report(request, kind, ops, dtype):
+    directory = request.getfixturevalue(f"{kind}_dir")
+    report = parity(directory, dtype=dtype, ops=ops)
+    assert report.ok, str(report)
+    assert [row.point for row in report.rows] == [
+        "embed",
+        *(f"layers.{i}.resid_post" for i in range(4)),
+        "final_norm",
+        "pooled" if kind == "embedding" else "score",
+    ]
+    assert all(0 < row.error_ours < 0.1 for row in report.rows[1:])
