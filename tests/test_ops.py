@@ -1,0 +1,112 @@
+"""Operations against the specification, and the specification against float64."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from qwen3core import InputError, Ops, load_model, pack, reference
+from qwen3core.ops import resolve
+
+SETS = {"reference": Ops.reference(), "torch": Ops.torch()}
+
+
+def lengths(*counts):
+    return torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def qkv(len_q, len_k, groups=2, dtype=torch.float64):
+    torch.manual_seed(0)
+    q = torch.randn(sum(len_q), 2 * groups, 16, dtype=torch.float64)
+    k, v = (torch.randn(sum(len_k), 2, 16, dtype=torch.float64) for _ in range(2))
+    leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+    return [*leaves, lengths(*len_q), lengths(*len_k), max(len_q), max(len_k)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize(("len_q", "len_k"), [([1], [1]), ([65, 1, 3], [65, 1, 3]), ([1, 4, 64], [130, 4, 65])])
+def test_attention_is_as_exact_as_the_reference(len_q, len_k, groups, dtype):
+    """Error against float64 at most twice that of the reference in the same dtype; gradients likewise."""
+    results = []
+    spec = reference.attention
+    for function, kind in ((spec, torch.float64), (spec, dtype), (Ops.torch().attention, dtype)):
+        args = qkv(len_q, len_k, groups, kind)
+        out = function(*args)
+        out.sum().backward()
+        results.append([x.double() for x in (out, *(a.grad for a in args[:3]))])
+    for exact, plain, ours in zip(*results, strict=True):
+        epsilon = torch.finfo(dtype).eps * exact.abs().max()
+        assert (ours - exact).abs().max() <= 2 * (plain - exact).abs().max() + epsilon
+
+
+@pytest.mark.parametrize("ops", SETS)
+def test_attention_is_aligned_at_the_bottom_right(ops):
+    """Fewer queries than keys: the last queries of the whole, as for a pruned last layer or a shared prefix."""
+    q, k, v, *_ = qkv([9, 5], [9, 5])
+    whole = SETS[ops].attention(q, k, v, lengths(9, 5), lengths(9, 5), 9, 5)
+    tail = torch.tensor([7, 8, 13])
+    part = SETS[ops].attention(q[tail], k, v, lengths(2, 1), lengths(9, 5), 2, 9)
+    torch.testing.assert_close(part, whole[tail])
+
+
+@pytest.mark.parametrize("ops", SETS)
+def test_attention_refuses_more_queries_than_keys(ops):
+    with pytest.raises(InputError, match="expected no more queries than keys, found 3 and 2"):
+        SETS[ops].attention(*qkv([3], [2]))
+
+
+@pytest.mark.parametrize("ops", SETS)
+def test_gradients_are_those_of_finite_differences(ops):
+    chosen = SETS[ops]
+    x, w = torch.randn(3, 4, 8, dtype=torch.float64, requires_grad=True), torch.rand(8, dtype=torch.float64) + 0.5
+    w.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, w: chosen.rms_norm(x, w, 1e-6), (x, w))
+    cos, sin = torch.randn(2, 3, 8, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda q: chosen.rope(q, q[:, :2], cos, sin), (x,))
+    assert torch.autograd.gradcheck(chosen.swiglu, (x, x.detach().flip(0).requires_grad_()))
+    assert torch.autograd.gradcheck(lambda h: chosen.pool(h, lengths(2, 1), 5, True), (x[:, 0],))
+    args = qkv([2, 1], [3, 1])
+    assert torch.autograd.gradcheck(lambda *x: chosen.attention(*x, *args[3:]), args[:3])
+
+
+@pytest.mark.parametrize("ops", SETS)
+def test_gradients_reach_every_parameter(embedding_dir, ops):
+    model = load_model(embedding_dir, dtype="float32", ops=ops, device="cpu")
+    batch = pack([[1, 2, 3], [4], [5, 6]])
+    weight = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    (model.pool(model(batch), batch) * weight).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_replacing_one_op_swaps_it_everywhere(embedding_dir):
+    model = load_model(embedding_dir, dtype="float32", device="cpu")
+    seen = []
+
+    def mine(x, weight, eps):
+        seen.append(tuple(x.shape[1:]))
+        return reference.rms_norm(x, weight, eps)
+
+    before = model(pack([[1, 2, 3]]))
+    model.ops = dataclasses.replace(model.ops, rms_norm=mine)
+    after = model(pack([[1, 2, 3]]))
+    torch.testing.assert_close(after, before)
+    assert len(seen) == 4 * 4 + 1
+    assert {(64,), (4, 128), (2, 128)} == set(seen)  # hidden states, q_norm, k_norm
+    assert "mine" in repr(model.ops)
+    assert "mine" in repr(model)
+
+
+def test_unknown_ops_set():
+    with pytest.raises(InputError, match="ops: expected one of auto, reference, torch, or an Ops, found 'cuda'"):
+        resolve("cuda")
+
+
+def test_pool_cuts_then_normalises():
+    hidden = torch.tensor([[9.0, 9, 9], [3, 4, 12], [0, 5, 5]], dtype=torch.bfloat16)
+    pooled = reference.pool(hidden, lengths(2, 1), 2, True)
+    assert pooled.dtype == torch.float32
+    torch.testing.assert_close(pooled, torch.tensor([[0.6, 0.8], [0, 1]]))
+    torch.testing.assert_close(reference.pool(hidden, lengths(2, 1), 3, False), hidden[1:].float())
