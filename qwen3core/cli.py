@@ -164,16 +164,17 @@ def _read(inputs: Sequence[str]) -> list[tuple[Any, str]]:
     rows: list[tuple[Any, str]] = []
     for item in inputs:
         if item == "-":
-            lines = sys.stdin.read().splitlines()
+            text = sys.stdin.read()
         elif item.endswith((".txt", ".jsonl")):
             try:
-                lines = Path(item).read_text(encoding="utf-8").splitlines()
+                text = Path(item).read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise InputError(f"{item}: expected UTF-8 text, found byte {error.object[error.start]:#x}") from error
         else:
             rows.append((item, f"argument {item[:40]!r}"))
             continue
-        for number, line in enumerate(lines, 1):
+        # Not splitlines: U+2028 and its like are part of a text.
+        for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], 1):
             where = f"{'standard input' if item == '-' else item}, line {number}"
             rows.append((_json(line, where) if item.endswith(".jsonl") else line, where))
     return rows
@@ -278,7 +279,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--query", help="rank the inputs for this query")
     sub.add_argument("--top-k", type=int, help="with --query: only the best")
     sub = command(parity, "compare with transformers, layer by layer")
-    sub.add_argument("inputs", nargs="*", metavar="INPUT", help="texts to compare on; a few built-in ones by default")
+    sub.add_argument("--inputs", nargs="+", default=[], metavar="INPUT", help="texts to compare on, as for embed")
     sub.add_argument("--kind", default="auto", choices=("auto", "embedding", "reranker"))
     running(sub)
     command(inspect, "configuration, tensors and tokenizer self-check")

@@ -1,0 +1,49 @@
+"""The package as installed: imports, layout, the two commands of the README."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def python(code, cwd=ROOT):
+    run = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_importing_imports_neither_transformers_nor_triton(tmp_path):
+    imports = "import qwen3core.cli, qwen3core.parity"
+    code = f"import sys, torch; old = set(sys.modules); {imports}; print(*set(sys.modules) - old)"
+    for cwd in (ROOT, tmp_path):
+        new = {name.split(".")[0] for name in python(code, cwd).split()}
+        assert "qwen3core" in new
+        assert not new & {"transformers", "triton", "sentence_transformers", "kernels", "weights"}
+
+
+def test_transformers_imports_from_the_root_beside_the_kernels_package():
+    """Our kernels/ has no __init__.py, so that the package of that name, which transformers imports, wins."""
+    importlib.metadata.version("kernels")  # part of the test requirements, or this test would prove nothing
+    out = python("import transformers.models.qwen3.modeling_qwen3, kernels; print(kernels.__file__)")
+    assert ROOT / "kernels" not in Path(out.strip()).parents
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "weights" / "__init__.py").exists()
+
+
+def test_top_level_is_fixed():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    allowed = {"pyproject.toml", "qwen3core", "kernels", "weights", "tests", "bench", "README.md", "LICENSE"}
+    top = {file.split("/")[0] for file in files}
+    assert {name for name in top if not name.startswith(".")} <= allowed
+
+
+def test_ci_runs_the_readmes_test_command():
+    commands = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    assert commands[0].rstrip().endswith("qwen3core demo")
+    assert "pytest" in commands[1]
+    assert "README.md" in (ROOT / ".ci" / "run").read_text()
