@@ -1,27 +1,32 @@
 """The qwen3core command: demo, embed, rerank, parity, inspect, synthesize."""
 
 import argparse
+import importlib.util
 import json
+import math
 import os
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from . import prompts, samples
-from .config import Qwen3Config
 from .embedder import Embedder
 from .errors import InputError, Qwen3CoreError
-from .pretrained import MAX_LENGTH
+from .parity import parity as compare
+from .pretrained import MAX_LENGTH, Pretrained
 from .reranker import Reranker
 from .tokenizer import Tokenizer
-from .weights.checkpoint import Tensors, find
+from .weights.checkpoint import find, open_model
+from .weights.synthesize import synthesize as write_checkpoint
 
+Opened = TypeVar("Opened", bound=Pretrained)
 FORMATS = (".jsonl", ".npy", ".safetensors")
 
 
@@ -37,12 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def demo(args: argparse.Namespace) -> int:
-    from .weights.synthesize import synthesize
-
     query, documents = samples.QUERIES[1], samples.DOCUMENTS
     with tempfile.TemporaryDirectory() as folder:
-        embedder = Embedder.from_pretrained(synthesize(f"{folder}/e", "Qwen3-Embedding-small"), dtype="float32")
-        reranker = Reranker.from_pretrained(synthesize(f"{folder}/r", "Qwen3-Reranker-small"), dtype="float32")
+        embedder = Embedder.from_pretrained(write_checkpoint(f"{folder}/e", "Qwen3-Embedding-small"))
+        reranker = Reranker.from_pretrained(write_checkpoint(f"{folder}/r", "Qwen3-Reranker-small"))
         vectors = embedder.encode_document(documents)
         cosines = embedder.similarity(embedder.encode_query(query), vectors)[0]
         ranking = reranker.rank(query, documents, return_documents=True)
@@ -57,7 +60,7 @@ def demo(args: argparse.Namespace) -> int:
 
 def embed(args: argparse.Namespace) -> int:
     texts = [_text(row, "text", where) for row, where in _read(args.inputs)]
-    embedder = Embedder.from_pretrained(args.model, **_loading(args))
+    embedder = _open(Embedder, args)
     encode = embedder.encode_query if args.query or args.instruction is not None else embedder.encode_document
     options = {"instruction": args.instruction} if args.instruction is not None else {}
     vectors = encode(texts, truncate_dim=args.dim, batch_tokens=args.batch_tokens, **options)
@@ -67,15 +70,15 @@ def embed(args: argparse.Namespace) -> int:
 
 
 def rerank(args: argparse.Namespace) -> int:
-    rows = _read(args.inputs)
-    if args.query is not None:
-        pairs = [(args.query, _text(row, "text", where)) for row, where in rows]
-    else:
-        for row, where in rows:
-            if not isinstance(row, dict):
-                raise InputError(f"{where}: expected --query, or .jsonl rows with query and document, found text")
-        pairs = [(_text(row, "query", where), _text(row, "document", where)) for row, where in rows]
-    reranker = Reranker.from_pretrained(args.model, **_loading(args))
+    pairs = []
+    for row, where in _read(args.inputs):
+        if args.query is not None:
+            pairs.append((args.query, _text(row, "text", where)))
+        elif isinstance(row, dict):
+            pairs.append((_text(row, "query", where), _text(row, "document", where)))
+        else:
+            raise InputError(f"{where}: expected --query, or .jsonl rows with query and document, found text")
+    reranker = _open(Reranker, args)
     scores = reranker.predict(pairs, instruction=args.instruction, batch_tokens=args.batch_tokens)
     hits = [
         {"corpus_id": i, "score": float(score), "query": query, "text": text}
@@ -88,23 +91,11 @@ def rerank(args: argparse.Namespace) -> int:
 
 
 def parity(args: argparse.Namespace) -> int:
-    try:
-        from .parity import parity as compare
-
-        report = compare(
-            args.model,
-            revision=args.revision,
-            kind=args.kind,
-            texts=[_text(row, "text", where) for row, where in _read(args.inputs)] or None,
-            dtype=args.dtype,
-            ops=args.ops,
-            device=args.device or "cpu",
-            max_length=args.max_length,
-        )
-    except ModuleNotFoundError as error:
-        if error.name != "transformers":
-            raise
-        raise InputError("parity: expected transformers (pip install transformers), found it missing") from error
+    if not importlib.util.find_spec("transformers"):
+        raise InputError("parity: expected transformers (pip install transformers), found it missing")
+    texts = [_text(row, "text", where) for row, where in _read(args.inputs)]
+    options = {name: getattr(args, name) for name in ("revision", "kind", "dtype", "ops", "device", "max_length")}
+    report = compare(args.model, texts=texts or None, **options)
     print(report)
     print(f"\n{'Equal within tolerance.' if report.ok else 'NOT equal within tolerance.'}")
     return 0 if report.ok else 1
@@ -112,18 +103,16 @@ def parity(args: argparse.Namespace) -> int:
 
 def inspect(args: argparse.Namespace) -> int:
     directory = find(args.model, revision=args.revision)
-    config = Qwen3Config.from_file(directory / "config.json")
-    tensors = Tensors(directory)
-    shapes = {name: tensors.shape(name) for name in tensors}
-    print(directory, *(f"  {name}: {value}" for name, value in vars(config).items()), sep="\n")
-    parameters = sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values())
-    print(f"\n{len(shapes)} tensors, {parameters:,} parameters; layers 1 and up repeat the shapes of layer 0:")
-    for name, shape in shapes.items():
+    model, tensors = open_model(directory)
+    print(directory, *(f"  {name}: {value}" for name, value in vars(model.config).items()), sep="\n")
+    parameters = sum(math.prod(tensors.shape(name)) for name in tensors)
+    print(f"\n{len(list(tensors))} tensors, {parameters:,} parameters; layers 1 and up repeat the shapes of layer 0:")
+    for name in tensors:
         if not name.startswith("layers.") or name.startswith("layers.0."):
-            print(f"  {name:44} {tensors.dtype(name).removeprefix('torch.'):9} {list(shape)}")
+            print(f"  {name:44} {tensors.dtype(name).removeprefix('torch.'):9} {list(tensors.shape(name))}")
 
     tokenizer = Tokenizer(directory / "tokenizer.json")
-    tokenizer.check_vocabulary(shapes["embed_tokens.weight"][0])
+    tokenizer.check_vocabulary(model.config.vocab_size)
     prefix, suffix = (tokenizer.content([text])[0] for text in (prompts.RERANKER_PREFIX, prompts.RERANKER_SUFFIX))
     plain = tokenizer.embedding(["gravity"], max_length=8192)[0]
     body = "gravity " * 40
@@ -148,11 +137,9 @@ def inspect(args: argparse.Namespace) -> int:
 
 
 def synthesize(args: argparse.Namespace) -> int:
-    from .weights.synthesize import synthesize as write
-
     if args.directory.exists() and any(args.directory.iterdir()):
         raise InputError(f"{args.directory}: expected a new or an empty directory, found files in it")
-    print(write(args.directory, args.layout, seed=args.seed, tokenizer=args.tokenizer))
+    print(write_checkpoint(args.directory, args.layout, seed=args.seed, tokenizer=args.tokenizer))
     return 0
 
 
@@ -195,30 +182,21 @@ def _text(row: Any, field: str, where: str) -> str:
 
 
 def _write(output: str, name: str, array: NDArray[np.float32], rows: Any) -> None:
-    """To a file by its suffix, whole or not at all; ``-`` is .jsonl on standard output."""
+    """Rows as .jsonl, or the array of all inputs in their order; whole or not at all. ``-`` is standard output."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if output == "-":
-        for row in rows:
-            print(json.dumps(row, ensure_ascii=False))
+        sys.stdout.writelines(lines)
         return
-
-    def jsonl(path: str) -> None:
-        with open(path, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-    def safetensors(path: str) -> None:
-        from safetensors.numpy import save_file
-
-        save_file({name: array}, path)
-
-    writers: dict[str, Callable[[str], None]] = {
-        ".jsonl": jsonl,
-        ".npy": lambda path: np.save(path, array),
-        ".safetensors": safetensors,
-    }
     target = Path(output)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        part = os.path.join(folder, target.name)
-        writers[target.suffix](part)
+        part = Path(folder) / target.name
+        if target.suffix == ".npy":
+            np.save(part, array)
+        elif target.suffix == ".safetensors":
+            save_file({name: array}, part)
+        else:
+            with part.open("w", encoding="utf-8") as file:
+                file.writelines(lines)
         os.replace(part, target)
 
 
@@ -230,9 +208,9 @@ def _output(value: str) -> str:
     return value
 
 
-def _loading(args: argparse.Namespace) -> dict[str, Any]:
+def _open(kind: type[Opened], args: argparse.Namespace) -> Opened:
     names = ("revision", "dtype", "device", "ops", "max_length", "split_special_tokens")
-    return {name: getattr(args, name) for name in names}
+    return kind.from_pretrained(args.model, **{name: getattr(args, name) for name in names})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -251,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def running(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16")
-        sub.add_argument("--device", help="cpu, cuda, ...; the first GPU where there is one")
+        sub.add_argument("--device", help="cpu, cuda, ...; by default the first GPU where there is one")
         sub.add_argument("--ops", default="auto", help="auto, reference or torch")
         sub.add_argument("--max-length", type=int, default=MAX_LENGTH, help="tokens per input, template included")
 

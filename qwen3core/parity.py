@@ -26,7 +26,7 @@ from .ops import Ops
 from .prompts import DEFAULT_TASK, embedding_query, reranker_body
 from .reranker import p_yes
 from .tokenizer import Tokenizer
-from .weights.checkpoint import Tensors, as_dtype, find, open_model
+from .weights.checkpoint import Tensors, as_device, as_dtype, find, open_model
 
 FP32_TOLERANCE = 1e-5
 """float32: largest relative difference of a layer, largest absolute one of vectors and scores. transformers' own
@@ -85,7 +85,7 @@ def parity(
     texts: Sequence[str] | None = None,
     dtype: str | torch.dtype = "auto",
     ops: str | Ops = "auto",
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     max_length: int = 8192,
 ) -> Report:
     """Compare a checkpoint in both implementations.
@@ -103,7 +103,7 @@ def parity(
     reranker = kind == "reranker"
     model, tensors = open_model(directory, head=reranker)
     dtype = as_dtype(dtype, model, tensors)
-    device = torch.device(device)
+    device = as_device(device)
     tokenizer = Tokenizer(directory / "tokenizer.json")
     tokenizer.check_vocabulary(model.config.vocab_size)
     documents = [*samples.DOCUMENTS, samples.LONG_DOCUMENT]

@@ -39,10 +39,12 @@ def find(path_or_id: str | Path, *, revision: str | None = None) -> Path:
         raise CheckpointError(f"{name}: expected a checkpoint directory or a hub id like owner/name, found {found}")
 
     def snapshot(local_files_only: bool) -> Path:
-        patterns = ["*.json", "*.safetensors"]
         return Path(
             huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=patterns, local_files_only=local_files_only
+                name,
+                revision=revision,
+                allow_patterns=["*.json", "*.safetensors"],
+                local_files_only=local_files_only,
             )
         )
 
@@ -70,14 +72,14 @@ def load_model(
     ops: str | Ops = "auto",
     head: bool = False,
 ) -> Qwen3Model:
-    """A model with the checkpoint's weights, strictly checked; ``head`` for a reranker.
+    """A model with the checkpoint's weights, strictly checked; ``head`` for a reranker. Raises CheckpointError.
 
     dtype: a torch dtype or its name; ``"auto"`` is config.json's, else the tensors'. Where dtype and device keep the
-    tensors as stored, they are pages of the file: opening costs no copy. Raises CheckpointError.
+    tensors as stored, they are pages of the file: opening costs no copy.
     """
     model, tensors = open_model(directory, ops=ops, head=head)
     target = as_dtype(dtype, model, tensors)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = as_device(device)
     model.load_state_dict({name: tensors[name].to(where, target) for name in model.state_dict()}, assign=True)
     return model
 
@@ -196,6 +198,15 @@ def _open(file: Path) -> safe_open:
         raise CheckpointError(
             f"{file}: expected a safetensors file, found {file.stat().st_size} bytes that are not one ({error})"
         ) from error
+
+
+def as_device(device: str | torch.device | None) -> torch.device:
+    """A device that works; None is the first GPU where there is one, else the CPU."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # unknown, or not in this build of torch
+        raise InputError(f"device: expected one that torch can use here, found {device!r} ({error})") from error
 
 
 def as_dtype(dtype: str | torch.dtype, model: Qwen3Model, tensors: Tensors) -> torch.dtype:

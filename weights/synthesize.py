@@ -65,10 +65,9 @@ def synthesize(
 ) -> Path:
     """Write a whole checkpoint into ``directory`` (made if need be) and return it.
 
-    layout: a name of ``LAYOUTS`` or a Layout of one's own; a small or None vocabulary is that of the tokenizer.
-    tokenizer: a tokenizer.json; None builds a small byte-level BPE, and the vocabulary is then its own.
-    sparse: real headers and sizes over holes (all weights zero), for tests of loading that take no disk.
-    Raises InputError.
+    layout: a name of ``LAYOUTS``, or a Layout of one's own. tokenizer: a tokenizer.json; None builds a small byte-level
+    BPE, and vocab_size becomes its size. sparse: the layout's full headers and sizes over holes (all weights zero), for
+    tests of loading that take no disk. Raises InputError.
     """
     if isinstance(layout, str) and layout not in LAYOUTS:
         raise InputError(f"layout: expected one of {', '.join(LAYOUTS)}, found {layout!r}")
