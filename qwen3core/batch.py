@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, check_int
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ def plan(lengths: Sequence[int], batch_tokens: int | None) -> list[list[int]]:
     """
     if not lengths:
         return []
+    if batch_tokens is not None:
+        check_int("batch_tokens", batch_tokens, 1)
     longest = max(lengths)
     budget = max(8192, longest) if batch_tokens is None else batch_tokens
     if budget < longest:

@@ -1,7 +1,6 @@
 """The architecture's numbers, read from a checkpoint's config.json under the names that it uses there."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ _SERVED: dict[str, tuple] = {
     "use_sliding_window": (False, None),
     "partial_rotary_factor": (1.0, None),
 }
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 _EXPECTED = {int: "a positive integer", float: "a positive number", bool: "true or false", str | None: "text"}
 
 
@@ -49,19 +49,17 @@ class Qwen3Config:
         for name, served in _SERVED.items():
             if (found := data.get(name)) not in served:
                 raise CheckpointError(f"{source}: {name}: expected {served[0]!r}, found {found!r}")
-        rope = data.get("rope_parameters") or data.get("rope_scaling") or {}
-        if not isinstance(rope, Mapping):
-            raise CheckpointError(f"{source}: RoPE parameters: expected an object, found {rope!r}")
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type != "default":
-            raise CheckpointError(
-                f"{source}: RoPE scaling: expected none (rope_type 'default'), found {rope_type!r}, not implemented"
-            )
-        if "sliding_attention" in (data.get("layer_types") or ()):
-            raise CheckpointError(f"{source}: layer_types: expected 'full_attention' only, found 'sliding_attention'")
-
-        values = dict(data, rope_theta=rope.get("rope_theta", data.get("rope_theta")))
-        values["dtype"] = data.get("dtype") or data.get("torch_dtype")
+        layer_types = data.get("layer_types") or []
+        if not isinstance(layer_types, list) or any(t != "full_attention" for t in layer_types):
+            raise CheckpointError(f"{source}: layer_types: expected 'full_attention' only, found {layer_types!r:.200}")
+        values = dict(data, dtype=data.get("dtype") or data.get("torch_dtype"))
+        for name in ("rope_scaling", "rope_parameters"):
+            rope = data.get(name) or {}
+            if not isinstance(rope, Mapping) or rope.get("rope_type", rope.get("type", "default")) != "default":
+                raise CheckpointError(
+                    f"{source}: {name}: expected no RoPE scaling (rope_type 'default'), found {rope!r:.200}"
+                )
+            values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta"))
         numbers: dict[str, Any] = {}
         for field in fields(cls):
             kind: Any = field.type
@@ -69,7 +67,7 @@ class Qwen3Config:
             if value is None and field.default is not MISSING:
                 continue
             right = isinstance(value, (int, float) if kind is float else kind)
-            if not right or (kind in (int, float) and (isinstance(value, bool) or not 0 < value < math.inf)):
+            if not right or (kind in (int, float) and (isinstance(value, bool) or not 0 < value < 2**63)):
                 raise CheckpointError(f"{source}: {field.name}: expected {_EXPECTED[kind]}, found {value!r}")
             numbers[field.name] = value
         config = cls(**numbers)
@@ -80,6 +78,8 @@ class Qwen3Config:
             )
         if config.head_dim % 2:
             raise CheckpointError(f"{source}: head_dim: expected an even number, found {config.head_dim}")
+        if config.dtype not in (None, *DTYPES):
+            raise CheckpointError(f"{source}: dtype: expected one of {', '.join(DTYPES)}, found {config.dtype!r}")
         return config
 
 

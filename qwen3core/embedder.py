@@ -1,6 +1,5 @@
 """Text to unit vectors."""
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .errors import InputError
+from .errors import CheckpointError, InputError, as_list, check_int, check_text, warn
 from .pretrained import Pretrained
 from .prompts import EMBEDDING_PROMPTS, embedding_query
 
@@ -17,10 +16,14 @@ from .prompts import EMBEDDING_PROMPTS, embedding_query
 class Embedder(Pretrained):
     """Qwen3-Embedding. ``Embedder.from_pretrained(path_or_id)``, then ``encode_query`` and ``encode_document``."""
 
-    @property
-    def prompts(self) -> dict[str, str]:
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.prompts: dict[str, str] = self.sentence_transformers.get("prompts") or EMBEDDING_PROMPTS
         """Prompts by name: the checkpoint's own, else the model card's."""
-        return self.sentence_transformers.get("prompts") or EMBEDDING_PROMPTS
+        if not isinstance(self.prompts, dict) or not all(isinstance(text, str) for text in self.prompts.values()):
+            raise CheckpointError(
+                f"config_sentence_transformers.json: prompts: expected an object of texts, found {self.prompts!r:.200}"
+            )
 
     def encode(
         self,
@@ -40,14 +43,14 @@ class Embedder(Pretrained):
         (1 to hidden size), then normalises. batch_tokens bounds the tokens of one batch. Returns a numpy array, or
         a tensor on the model's device with convert_to_tensor. Raises InputError.
         """
-        texts = [inputs] if isinstance(inputs, str) else _list_of_texts(inputs)
+        texts = [inputs] if isinstance(inputs, str) else as_list("inputs", inputs)
         prompt = self._prompt(prompt_name) if prompt is None else prompt
+        check_text("prompt", prompt)
         hidden_size = self.model.config.hidden_size
         if truncate_dim is not None:
-            if not isinstance(truncate_dim, int) or not 1 <= truncate_dim <= hidden_size:
-                raise InputError(f"truncate_dim: expected an integer from 1 to {hidden_size}, found {truncate_dim!r}")
+            check_int("truncate_dim", truncate_dim, 1, hidden_size)
             if truncate_dim < 32:
-                warnings.warn(f"truncate_dim={truncate_dim}: the models are trained for 32 and more", stacklevel=2)
+                warn(f"truncate_dim={truncate_dim}: the models are trained for 32 and more")
         if prompt:
             texts = [prompt + text if isinstance(text, str) else text for text in texts]
         embeddings = self.pooled(
@@ -63,14 +66,15 @@ class Embedder(Pretrained):
     def encode_query(self, inputs: str | Iterable[str], *, instruction: str | None = None, **options: Any) -> Any:
         """``encode`` with the query prompt: the checkpoint's, or that of your own ``instruction`` (one sentence)."""
         if instruction is not None:
+            check_text("instruction", instruction)
             options["prompt"] = embedding_query(instruction)
-        elif not {"prompt", "prompt_name"} & options.keys():
+        elif options.get("prompt") is None and options.get("prompt_name") is None:
             options["prompt"] = self.prompts.get("query", EMBEDDING_PROMPTS["query"])
         return self.encode(inputs, **options)
 
     def encode_document(self, inputs: str | Iterable[str], **options: Any) -> Any:
         """``encode`` with the document prompt, which is empty for the official checkpoints."""
-        if not {"prompt", "prompt_name"} & options.keys():
+        if options.get("prompt") is None and options.get("prompt_name") is None:
             options["prompt"] = self.prompts.get("document", EMBEDDING_PROMPTS["document"])
         return self.encode(inputs, **options)
 
@@ -88,12 +92,6 @@ class Embedder(Pretrained):
         name = name if name is not None else self.sentence_transformers.get("default_prompt_name")
         if name is None:
             return ""
-        if name not in self.prompts:
+        if not isinstance(name, str) or name not in self.prompts:
             raise InputError(f"prompt_name: expected one of {', '.join(self.prompts)}, found {name!r}")
         return self.prompts[name]
-
-
-def _list_of_texts(inputs: Iterable[str]) -> list[str]:
-    if isinstance(inputs, (dict, bytes)) or not isinstance(inputs, Iterable):
-        raise InputError(f"inputs: expected a text or a list of texts, found {type(inputs).__name__}")
-    return list(inputs)

@@ -1,5 +1,11 @@
 """Every error that qwen3core raises on purpose; each message names the thing, what was expected, what was found."""
 
+import sys
+import warnings
+from collections.abc import Iterable
+from numbers import Integral
+from typing import Any
+
 
 class Qwen3CoreError(ValueError):
     """Base of the family: catch this to catch all."""
@@ -11,3 +17,35 @@ class CheckpointError(Qwen3CoreError):
 
 class InputError(Qwen3CoreError):
     """A text, an option or a tensor that the call cannot serve."""
+
+
+def check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Raise InputError unless ``value`` is an integer (True is none) from ``low`` to ``high``."""
+    number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else low - 1
+    if number < low or (high is not None and number > high):
+        bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise InputError(f"{name}: expected an integer {bounds}, found {value!r}")
+
+
+def check_text(name: str, value: object) -> None:
+    """Raise InputError unless ``value`` is a str."""
+    if not isinstance(value, str):
+        raise InputError(f"{name}: expected text (str), found {type(value).__name__}")
+
+
+def as_list(name: str, values: Iterable[Any]) -> list[Any]:
+    """Any iterable but a text, bytes or a dict, as a list. Raises InputError."""
+    if isinstance(values, (str, bytes, dict)) or not isinstance(values, Iterable):
+        raise InputError(f"{name}: expected a list, found {type(values).__name__}")
+    try:
+        return list(values)
+    except TypeError as error:  # an array of no dimensions
+        raise InputError(f"{name}: expected a list, found {type(values).__name__} ({error})") from error
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the first caller outside this package, however deep the warning arises."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

@@ -52,7 +52,7 @@ def resolve(ops: "Ops | str") -> Ops:
     if isinstance(ops, Ops):
         return ops
     sets = {"auto": Ops.torch, "reference": Ops.reference, "torch": Ops.torch}
-    if ops not in sets:
+    if not isinstance(ops, str) or ops not in sets:
         raise InputError(f"ops: expected one of {', '.join(sets)}, or an Ops, found {ops!r}")
     return sets[ops]()
 

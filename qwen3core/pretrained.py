@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from .batch import pack, plan
 from .config import read_json
-from .errors import InputError
+from .errors import InputError, check_int
 from .model import Qwen3Model
 from .ops import Ops
 from .tokenizer import Tokenizer
@@ -33,8 +33,9 @@ class Pretrained:
         max_length: int = MAX_LENGTH,
         sentence_transformers: dict[str, Any] | None = None,
     ) -> None:
-        """``sentence_transformers``: the checkpoint's parsed config_sentence_transformers.json, where it has one."""
+        """sentence_transformers: the checkpoint's parsed config_sentence_transformers.json, where it has one."""
         limit = model.config.max_position_embeddings
+        check_int("max_length", max_length, 1)
         if max_length > limit and max_length != MAX_LENGTH:
             raise InputError(f"max_length: expected at most {limit}, the model's limit, found {max_length}")
         tokenizer.check_vocabulary(model.embed_tokens.num_embeddings)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, as_list, check_int, check_text
 from .pretrained import Pretrained
 from .prompts import DEFAULT_TASK, reranker_body
 
@@ -33,19 +33,17 @@ class Reranker(Pretrained):
 
         Returns numpy, or a tensor on the model's device with convert_to_tensor. Raises InputError.
         """
-        if isinstance(pairs, str) or not isinstance(pairs, Iterable):
-            raise InputError(f"pairs: expected a list of (query, document), found {type(pairs).__name__}")
-        pairs = list(pairs)
+        pairs = as_list("pairs", pairs)
         single = len(pairs) == 2 and all(isinstance(part, str) for part in pairs)
         task = DEFAULT_TASK if instruction is None else instruction
+        check_text("instruction", task)
         bodies = []
         for index, pair in enumerate([pairs] if single else pairs):
             if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
                 raise InputError(f"pair {index}: expected (query, document), found {_describe(pair)}")
             query, document = pair
             for role, text in (("query", query), ("document", document)):
-                if not isinstance(text, str):
-                    raise InputError(f"pair {index}: {role}: expected text (str), found {type(text).__name__}")
+                check_text(f"pair {index}: {role}", text)
             bodies.append(reranker_body(task, str(query), str(document)))
         pooled = self.pooled(
             self.tokenizer.reranking(bodies, self.max_length),
@@ -68,9 +66,9 @@ class Reranker(Pretrained):
         **options: Any,
     ) -> list[dict[str, Any]]:
         """Documents by P(yes), best first: ``{"corpus_id", "score"}`` and ``"text"`` with return_documents."""
-        if isinstance(documents, str):
-            raise InputError("documents: expected a list of texts, found one text")
-        documents = list(documents)
+        documents = as_list("documents", documents)
+        if top_k is not None:
+            check_int("top_k", top_k, 0)
         scores = self.predict([(query, d) for d in documents], instruction=instruction, **options)
         ranking: list[dict[str, Any]] = [{"corpus_id": i, "score": float(s)} for i, s in enumerate(scores)]
         ranking.sort(key=lambda hit: -hit["score"])

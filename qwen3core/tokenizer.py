@@ -1,13 +1,16 @@
 """Text to token ids by the checkpoints' conventions: only content is ever truncated, never EOS, never a template."""
 
-import warnings
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
 
 from . import prompts
-from .errors import CheckpointError, InputError
+from .errors import CheckpointError, InputError, check_text, warn
+
+LONGEST_SPACE = 5_000_000
+"""The tokenizers library's regex panics on a run of ten million white spaces."""
 
 
 class Tokenizer:
@@ -24,24 +27,27 @@ class Tokenizer:
     def __init__(self, path: str | Path, *, split_special_tokens: bool = False) -> None:
         """Read a tokenizer.json. Raises CheckpointError where it is missing, broken, or has no ``<|endoftext|>``."""
         self.path = Path(path)
-        self.split_special_tokens = split_special_tokens
         if not self.path.is_file():
-            raise CheckpointError(f"{self.path}: expected a tokenizer file, found nothing")
+            found = "a directory" if self.path.is_dir() else "nothing"
+            raise CheckpointError(f"{self.path}: expected a tokenizer file, found {found}")
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(self.path))
         except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{self.path}: expected a tokenizer of the tokenizers library ({error})") from error
+            raise CheckpointError(f"{self.path}: expected a tokenizer, found something else ({error})") from error
         self.backend.no_truncation()
         self.backend.no_padding()
         added = self.backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.backend.encode_special_tokens = False
         self.eos = self._single(prompts.EOS)
+        self._prefix, self._suffix = self._encode([prompts.RERANKER_PREFIX, prompts.RERANKER_SUFFIX])
+        # Once and for all, after the templates: threads share the backend.
+        self.backend.encode_special_tokens = split_special_tokens
 
     def content(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of the texts alone. Raises InputError, naming the index, for what is not Unicode text."""
         for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise InputError(f"input {index}: expected text (str), found {type(text).__name__}")
+            check_text(f"input {index}", text)
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:
@@ -49,7 +55,9 @@ class Tokenizer:
                     f"input {index}: expected Unicode text, found a lone surrogate {text[error.start]!r} "
                     f"at character {error.start}"
                 ) from None
-        return self._encode(list(texts), split=self.split_special_tokens)
+            if len(text) > LONGEST_SPACE and any(len(run) > LONGEST_SPACE for run in re.findall(r"\s+", text)):
+                raise InputError(f"input {index}: expected at most {LONGEST_SPACE} white spaces in a row, found more")
+        return self._encode(list(texts))
 
     def embedding(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
         """Ids of each text, then EOS; at most ``max_length`` each, with one warning for all that were truncated."""
@@ -57,16 +65,14 @@ class Tokenizer:
 
     def reranking(self, bodies: Sequence[str], max_length: int) -> list[list[int]]:
         """Prefix, body, suffix, joined as ids; the body alone is truncated. Warns where a body holds special tokens."""
-        prefix, suffix = self._encode([prompts.RERANKER_PREFIX, prompts.RERANKER_SUFFIX], split=False)
         contents = self.content(bodies)
         special = sum(not self.special_ids.isdisjoint(ids) for ids in contents)
         if special:
-            warnings.warn(
+            warn(
                 f"{special} of {len(contents)} inputs contain special tokens such as <|im_end|>, which can close the "
-                "template early; pass split_special_tokens=True to from_pretrained to read them as plain text",
-                stacklevel=3,
+                "template early; pass split_special_tokens=True to from_pretrained to read them as plain text"
             )
-        return self._truncate(contents, prefix, suffix, max_length)
+        return self._truncate(contents, self._prefix, self._suffix, max_length)
 
     def yes_no(self) -> tuple[int, int]:
         """Ids of the two answers. Raises CheckpointError where one is not a single token."""
@@ -89,13 +95,15 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
     def _single(self, text: str) -> int:
-        ids = self._encode([text], split=False)[0]
+        try:
+            ids = self._encode([text])[0]
+        except Exception as error:  # bare again, from models that are not byte-level BPE
+            raise CheckpointError(f"{self.path}: {text!r}: expected one token, found none ({error})") from error
         if len(ids) != 1:
             raise CheckpointError(f"{self.path}: {text!r}: expected one token, found {len(ids)}: {ids}")
         return ids[0]
 
-    def _encode(self, texts: list[str], *, split: bool) -> list[list[int]]:
-        self.backend.encode_special_tokens = split
+    def _encode(self, texts: list[str]) -> list[list[int]]:
         return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     @staticmethod
@@ -108,9 +116,8 @@ class Tokenizer:
             )
         truncated = sum(len(ids) > room for ids in contents)
         if truncated:
-            warnings.warn(
+            warn(
                 f"{truncated} of {len(contents)} inputs were longer than max_length={max_length} tokens and were "
-                "truncated",
-                stacklevel=4,
+                "truncated"
             )
         return [[*prefix, *ids[:room], *suffix] for ids in contents]

@@ -4,13 +4,15 @@ Nothing is renamed: keys are parameter names, with or without a leading ``model.
 are refused, since a pickle runs code.
 """
 
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import huggingface_hub
 import torch
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -28,14 +30,13 @@ def find(path_or_id: str | Path, *, revision: str | None = None) -> Path:
 
     The local cache answers first; HF_HOME, HF_HUB_OFFLINE and HF_TOKEN are honoured. Raises CheckpointError.
     """
-    path = Path(path_or_id)
-    if path.is_dir():
-        if revision is not None:
-            raise InputError(f"revision: expected none with the local directory {path}, found {revision!r}")
-        return path
     name = str(path_or_id)
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
-        found = "a file" if path.exists() else "nothing there"
+    if os.path.isdir(name):  # os.path: a name too long for a file is no error, it is just not there
+        if revision is not None:
+            raise InputError(f"revision: expected none with the local directory {name}, found {revision!r}")
+        return Path(name)
+    if os.path.exists(name) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
+        found = "a file" if os.path.exists(name) else "nothing there"
         raise CheckpointError(f"{name}: expected a checkpoint directory or a hub id like owner/name, found {found}")
 
     def snapshot(local_files_only: bool) -> Path:
@@ -52,8 +53,8 @@ def find(path_or_id: str | Path, *, revision: str | None = None) -> Path:
         cached = snapshot(local_files_only=True)
         if all((cached / file).exists() for file in ["tokenizer.json", *_weight_map(cached).values()]):
             return cached
-    except (huggingface_hub.errors.LocalEntryNotFoundError, CheckpointError):
-        pass  # not cached, or in part: fetch what is missing
+    except (LocalEntryNotFoundError, HFValidationError, CheckpointError):
+        pass  # not cached, or in part: fetch what is missing, or hear why not
     try:
         return snapshot(local_files_only=False)
     except Exception as error:  # the hub's client raises from several libraries
@@ -89,10 +90,16 @@ def open_model(directory: str | Path, *, ops: str | Ops = "auto", head: bool = F
     config = Qwen3Config.from_file(Path(directory) / "config.json")
     tensors = Tensors(directory)
     tensors.require_layers(config.num_hidden_layers)
-    rows = tensors.shape("embed_tokens.weight")[0]  # the tensor is right; config.json may give a padded size
-    with torch.device("meta"):
-        model = Qwen3Model(replace(config, vocab_size=rows), ops, lm_head=head and not config.tie_word_embeddings)
-    tensors.check({name: tuple(p.shape) for name, p in model.state_dict().items()})
+    rows, *_ = tensors.shape("embed_tokens.weight") or (0,)  # the tensor is right; config.json may be padded
+    tensors.check("embed_tokens.weight", (rows, config.hidden_size))
+    try:
+        with torch.device("meta"):
+            model = Qwen3Model(replace(config, vocab_size=rows), ops, lm_head=head and not config.tie_word_embeddings)
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{directory}/config.json: expected the sizes of a model, found {config}") from error
+    for name, parameter in model.state_dict().items():
+        tensors.check(name, tuple(parameter.shape))
+    tensors.check_none_left(model.state_dict())
     return model.eval(), tensors
 
 
@@ -146,17 +153,17 @@ class Tensors:
                 f"{self.directory}: num_hidden_layers: expected {count} layers as in config.json, found {len(found)}"
             )
 
-    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """Raise CheckpointError unless every tensor is there, known, floating-point and of the expected shape."""
-        for name, shape in expected.items():
-            self.dtype(name)
-            if (found := self.shape(name)) != shape:
-                file, key, _ = self._locate(name)
-                raise CheckpointError(f"{file}: tensor {key!r}: expected shape {list(shape)}, found {list(found)}")
-        for name in self:
-            # A head that this job does not need is known, and left on disk.
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise CheckpointError unless the tensor is there, floating-point and of this shape."""
+        self.dtype(name)
+        if (found := self.shape(name)) != shape:
+            file, key, _ = self._locate(name)
+            raise CheckpointError(f"{file}: tensor {key!r}: expected shape {list(shape)}, found {list(found)}")
+
+    def check_none_left(self, expected: Container[str]) -> None:
+        """Raise CheckpointError for a tensor that is not expected; a head that is not needed is left on disk."""
+        for name, (file, key, _) in self._where.items():
             if name not in expected and name != "lm_head.weight":
-                file, key, _ = self._locate(name)
                 raise CheckpointError(f"{file}: tensor {key!r}: expected only the tensors of a Qwen3 decoder, found it")
 
     def _locate(self, name: str) -> tuple[Path, str, safe_open]:
@@ -190,8 +197,9 @@ def _weight_map(directory: Path) -> dict[str, str]:
 
 
 def _open(file: Path) -> safe_open:
-    if not file.is_file():
-        raise CheckpointError(f"{file}: expected a safetensors file, found {'no file' if file.exists() else 'nothing'}")
+    if not os.path.isfile(file):
+        found = "something else" if os.path.exists(file) else "nothing"
+        raise CheckpointError(f"{file}: expected a safetensors file, found {found}")
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:

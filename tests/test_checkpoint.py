@@ -1,0 +1,911 @@
+"""Loading: the official layouts at full size, every accepted form, and every broken file refused in clear words."""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load as parse
+from safetensors.torch import save as serialise
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
+
+from qwen3core import CheckpointError, Embedder, InputError, Qwen3Config, Reranker
+from qwen3core.weights import checkpoint
+from qwen3core.weights.checkpoint import INDEX, SINGLE, load_model
+from qwen3core.weights.synthesize import LAYOUTS, Layout, synthesize
+
+ROOT = Path(__file__).resolve().parents[1]
+OFFICIAL = [name for name in LAYOUTS if not name.endswith("-small")]
+SHARD_1, SHARD_2 = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+# ---------------------------------------------------------------------------------------------------- helpers
+
+
+def tiny(directory: Path, kind: str = "embedding", *, tied: bool = True, shards: int = 1) -> Path:
+    """A 36 KB checkpoint of one layer; two shards split it after ``gate_proj``."""
+    numbers = {"hidden_size": 8, "intermediate_size": 512, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": tied}
+    small = LAYOUTS[f"Qwen3-{kind.capitalize()}-small"].config
+    return synthesize(directory, Layout(replace(small, **numbers, **heads), kind, shards))
+
+
+def edit_json(path: Path, *removed: str, **changed: object) -> None:
+    data = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({k: v for k, v in data.items() if k not in removed} | changed), "utf-8")
+
+
+def split(content: bytes) -> tuple[dict, bytes]:
+    """Header and data of a safetensors file."""
+    end = 8 + struct.unpack("<Q", content[:8])[0]
+    return json.loads(content[8:end]), content[end:]
+
+
+def join(header: object, data: bytes) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def edit_header(file: Path, change: Callable[[dict], object]) -> None:
+    header, data = split(file.read_bytes())
+    change(header)
+    file.write_bytes(join(header, data))
+
+
+def edit_tensors(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Rewrite a valid safetensors file with other tensors."""
+    tensors = parse(file.read_bytes())
+    change(tensors)
+    file.write_bytes(serialise(tensors))
+
+
+def relayout(header: dict) -> dict:
+    """The header with offsets that agree with its shapes and dtypes, as far as they make sense."""
+    offset = 0
+    for entry in (value for key, value in header.items() if key != "__metadata__"):
+        size = {"F64": 8, "F32": 4, "I64": 8, "I32": 4, "U8": 1}.get(entry["dtype"], 2)
+        for number in entry["shape"]:
+            size *= number
+        entry["data_offsets"] = [offset, offset + size]
+        offset += size
+    return header
+
+
+def weights_of(directory: Path) -> dict[str, torch.Tensor]:
+    """Every stored tensor, read by the safetensors library alone, without the prefix."""
+    files = [parse(file.read_bytes()) for file in directory.glob("*.safetensors")]
+    return {key.removeprefix("model."): tensor for tensors in files for key, tensor in tensors.items()}
+
+
+def reprefix(directory: Path, prefix: str) -> None:
+    """Give every key of the decoder the prefix, in files and index."""
+
+    def rename(values: dict) -> dict:
+        bare = {key.removeprefix("model."): value for key, value in values.items()}
+        return {key if key in ("lm_head.weight", "__metadata__") else prefix + key: v for key, v in bare.items()}
+
+    for file in directory.glob("*.safetensors"):
+        header, data = split(file.read_bytes())
+        file.write_bytes(join(rename(header), data))
+    if (directory / INDEX).exists():
+        edit_json(directory / INDEX, weight_map=rename(json.loads((directory / INDEX).read_text())["weight_map"]))
+
+
+def in_files(model: torch.nn.Module, directory: Path) -> list[bool]:
+    """Of every parameter: whether it lies in pages of a file of the directory."""
+    maps = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    ranges = [[int(x, 16) for x in m[0].split("-")] for m in maps if len(m) == 6 and Path(m[5]).parent == directory]
+    return [any(a <= p.data_ptr() and p.data_ptr() + p.nbytes <= b for a, b in ranges) for p in model.parameters()]
+
+
+def refused(call: Callable[[], object], *parts: str, error: type[Exception] = CheckpointError) -> None:
+    """The call raises ``error``, and its message has every part, what was expected and what was found."""
+    with pytest.raises(error) as info:
+        call()
+    missing = [part for part in ("expected", "found", *parts) if part not in str(info.value)]
+    assert not missing, f"{missing} not in: {info.value}"
+
+
+def run_python(code: str, *args: object) -> dict:
+    """What a fresh Python prints, as JSON."""
+    process = subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+    return json.loads(process.stdout)
+
+
+# ------------------------------------------------------------------------------------------- official layouts
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory):
+    """Directory of an official layout by name: real headers over holes; no disk, read only."""
+    root = tmp_path_factory.mktemp("official")
+    return lambda name: root / name if (root / name).exists() else synthesize(root / name, name, sparse=True)
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_layouts_load_strictly(official, name):
+    directory, layout = official(name), LAYOUTS[name]
+    reranker, config = "Reranker" in name, layout.config
+    model = load_model(directory, head=reranker, device="cpu")
+    state = model.state_dict()
+    untied = reranker and not config.tie_word_embeddings
+    assert len(state) == 11 * config.num_hidden_layers + 2 + untied
+    assert (model.lm_head is not None) == untied == (name == "Qwen3-Reranker-8B")
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
+    assert {tensor.device.type for tensor in state.values()} == {"cpu"}
+    assert list(model.embed_tokens.weight.shape) == [config.vocab_size, config.hidden_size]
+    assert model.config == config
+    files = list(directory.glob("*.safetensors"))
+    assert len(files) == layout.shards
+    assert sum(file.stat().st_blocks * 512 for file in files) < 2**20
+    if name == "Qwen3-Embedding-0.6B":
+        assert abs(files[0].stat().st_size - 1_191_586_416) < 4096  # the official file, up to its header
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_layouts_agree_with_the_facts(official, facts, name):
+    directory, fact = official(name), facts["models"][f"Qwen/{name}"]
+    config = json.loads((directory / "config.json").read_text("utf-8"))
+    files = list(directory.glob("*.safetensors"))
+    keys = []
+    for file in files:
+        with checkpoint.safe_open(file, framework="pt") as handle:
+            keys += handle.keys()
+    decoder = [key for key in keys if key != "lm_head.weight"]
+    found = {
+        **config,
+        "shards": len(files),
+        "tensors": len(keys),
+        "key_prefix": "model." if all(key.startswith("model.") for key in decoder) else "",
+        "has_lm_head": "lm_head.weight" in keys,
+    }
+    if not found["key_prefix"]:
+        assert not any(key.startswith("model.") for key in decoder)
+    if "file_bytes" in fact:
+        assert abs(sum(file.stat().st_size for file in files) - fact["file_bytes"]) < 4096
+    listed = {**facts["common"], **fact}
+    compared = [k for k in listed if k in found and k not in fact["unsure"] and not k.endswith("_token_id")]
+    assert len(compared) >= 14
+    assert {k: found[k] for k in compared} == {k: listed[k] for k in compared}
+
+
+def test_opening_16_gigabytes_takes_no_memory(official, tmp_path):
+    """Counted from after a first, tiny load, which has torch import its own modules."""
+    code = """
+import json, re, sys
+from pathlib import Path
+from qwen3core.weights.checkpoint import load_model
+def memory():
+    status = Path("/proc/self/status").read_text()
+    return {k: int(v) * 1024 for k, v in re.findall(r"(VmRSS|RssAnon):\\s+(\\d+)", status)}
+load_model(sys.argv[1], head=True, device="cpu")
+before = memory()
+model = load_model(sys.argv[2], head=True, device="cpu")
+after = memory()
+print(json.dumps({**{k: after[k] - before[k] for k in after}, "bytes": sum(p.nbytes for p in model.parameters())}))
+"""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("no /proc/self/status to read the resident memory from")
+    growth = run_python(code, tiny(tmp_path), official("Qwen3-Reranker-8B"))
+    assert growth["bytes"] > 16e9
+    assert growth["VmRSS"] < 200e6
+    assert growth["RssAnon"] < 20e6  # copies would be anonymous
+
+
+# ---------------------------------------------------------------------------------------------- accepted forms
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("prefix", ["", "model."], ids=["bare", "prefixed"])
+@pytest.mark.parametrize("kind", ["embedding", "reranker"])
+def test_every_form_loads_as_stored(tmp_path, kind, prefix, shards, tied):
+    directory = tiny(tmp_path, kind, tied=tied, shards=shards)
+    reprefix(directory, prefix)
+    stored = weights_of(directory)
+    model = load_model(directory, head=kind == "reranker", device="cpu")
+    state = model.state_dict()
+    assert len(list(directory.glob("*.safetensors"))) == shards
+    assert state.keys() == stored.keys()
+    assert ("lm_head.weight" in state) == (kind == "reranker" and not tied)
+    assert all(torch.equal(state[name], stored[name]) for name in stored)
+    assert not model.training
+
+
+def test_three_shards_equal_one_file(tmp_path):
+    layout = LAYOUTS["Qwen3-Embedding-small"]
+    one = load_model(synthesize(tmp_path / "1", layout), device="cpu").state_dict()
+    three = load_model(synthesize(tmp_path / "3", replace(layout, shards=3)), device="cpu").state_dict()
+    assert len(list((tmp_path / "3").glob("*.safetensors"))) == 3
+    assert one.keys() == three.keys()
+    assert all(torch.equal(one[name], three[name]) for name in one)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no /proc/self/maps to find the file's pages in")
+@pytest.mark.parametrize("shards", [1, 2])
+def test_weights_are_pages_of_the_file_unless_the_dtype_changes(tmp_path, shards):
+    directory = tiny(tmp_path, "reranker", tied=False, shards=shards)
+    assert all(in_files(load_model(directory, head=True, device="cpu"), directory))
+    assert not any(in_files(load_model(directory, head=True, device="cpu", dtype="float32"), directory))
+
+
+@pytest.mark.parametrize("claimed", [1, 151_936])
+def test_the_embedding_matrix_outranks_vocab_size(tmp_path, claimed):
+    directory = tiny(tmp_path)
+    rows = len(weights_of(directory)["embed_tokens.weight"])
+    edit_json(directory / "config.json", vocab_size=claimed)
+    model = load_model(directory, device="cpu")
+    assert model.config.vocab_size == model.embed_tokens.num_embeddings == rows != claimed
+
+
+@pytest.mark.parametrize(("kind", "head"), [("embedding", False), ("reranker", True)])
+def test_a_head_that_is_not_needed_stays_on_disk(tmp_path, kind, head):
+    directory = tiny(tmp_path, kind)
+    extra = torch.full((3, 8), torch.nan, dtype=torch.bfloat16)
+    edit_tensors(directory / SINGLE, lambda tensors: tensors.update({"lm_head.weight": extra}))
+    model = load_model(directory, head=head, device="cpu")
+    assert model.lm_head is None
+    assert model.state_dict().keys() == weights_of(directory).keys() - {"lm_head.weight"}
+
+
+@pytest.mark.parametrize("in_rope", [True, False])
+def test_transformers_5_spelling_loads_equal(tmp_path, in_rope):
+    directory = tiny(tmp_path)
+    before = load_model(directory, device="cpu")
+    rope = {"rope_type": "default"} | ({"rope_theta": 1e6} if in_rope else {})
+    gone = ("torch_dtype", "rope_scaling", *(["rope_theta"] if in_rope else []))
+    edit_json(directory / "config.json", *gone, dtype="bfloat16", rope_parameters=rope)
+    after = load_model(directory, device="cpu")
+    assert after.config == before.config
+    assert after.config.rope_theta == 1e6
+    assert all(torch.equal(a, b) for a, b in zip(after.parameters(), before.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("stored", "named", "option", "result"),
+    [
+        ("bfloat16", "bfloat16", "auto", torch.bfloat16),
+        ("bfloat16", "float32", "auto", torch.float32),
+        ("float16", None, "auto", torch.float16),
+        ("bfloat16", "bfloat16", "float64", torch.float64),
+        ("bfloat16", "bfloat16", "torch.float32", torch.float32),
+        ("float32", "bfloat16", torch.float16, torch.float16),
+    ],
+)
+def test_dtype_is_the_option_else_the_config_else_the_tensors(tmp_path, stored, named, option, result):
+    directory = tiny(tmp_path)
+
+    def cast(tensors):
+        tensors.update({key: tensor.to(getattr(torch, stored)) for key, tensor in tensors.items()})
+
+    edit_tensors(directory / SINGLE, cast)
+    edit_json(directory / "config.json", torch_dtype=named)
+    model = load_model(directory, device="cpu", dtype=option)
+    assert {p.dtype for p in model.parameters()} == {result}
+    exact = weights_of(directory)["norm.weight"].to(result)
+    assert torch.equal(model.norm.weight, exact)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty hub cache, offline."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def cache(hub: Path, checkpoint_dir: Path, name: str) -> Path:
+    """Put a checkpoint in the cache as the hub's client does, files as links to blobs; the snapshot."""
+    repo = hub / f"models--{name.replace('/', '--')}"
+    snapshot = repo / "snapshots" / ("a" * 40)
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(checkpoint_dir, repo / "blobs")
+    snapshot.mkdir(parents=True)
+    for file in (repo / "blobs").iterdir():
+        (snapshot / file.name).symlink_to(Path("../../blobs", file.name))
+    return snapshot
+
+
+def test_a_cached_hub_id_opens_offline_and_asks_the_cache_alone(tmp_path, hub, monkeypatch):
+    snapshot = cache(hub, tiny(tmp_path / "local", shards=2), "someone/tiny")
+    local, download = [], checkpoint.huggingface_hub.snapshot_download
+    record = lambda *args, **kw: local.append(kw["local_files_only"]) or download(*args, **kw)  # noqa: E731
+    monkeypatch.setattr(checkpoint.huggingface_hub, "snapshot_download", record)
+    assert checkpoint.find("someone/tiny") == snapshot
+    assert local == [True]
+    found = Embedder.from_pretrained("someone/tiny", device="cpu").encode("text")
+    assert (found == Embedder.from_pretrained(tmp_path / "local", device="cpu").encode("text")).all()
+
+
+# -------------------------------------------------------------------------------------------- refused: options
+
+
+NAMES = [
+    ("nowhere", ("nowhere", "nothing there")),
+    ("./no/where", ("no/where", "nothing there")),
+    ("/no/where", ("/no/where", "nothing there")),
+    ("a/b/c", ("a/b/c", "nothing there")),
+    ("nul\0byte", ("nul",)),
+    ("someone/absent", ("someone/absent", "cached")),
+    ("double/da--sh", ("double/da--sh",)),
+    ("someone/.hidden", ("someone/.hidden",)),
+    ("long/" + "x" * 97, ("long/xxx",)),
+    ("x" * 300, ("xxx",)),
+]
+
+
+@pytest.mark.parametrize(("name", "parts"), NAMES, ids=[repr(case)[1:20] for case, _ in NAMES])
+def test_no_such_checkpoint(hub, name, parts):
+    refused(lambda: Embedder.from_pretrained(name), *parts)
+
+
+def test_a_file_instead_of_a_directory(tmp_path):
+    file = tiny(tmp_path) / SINGLE
+    refused(lambda: Embedder.from_pretrained(file), str(file), "directory", "a file")
+
+
+def test_a_cached_hub_id_in_part_is_refused_offline(tmp_path, hub):
+    snapshot = cache(hub, tiny(tmp_path / "local", shards=2), "someone/tiny")
+    (snapshot / SHARD_2).unlink()
+    with pytest.raises(CheckpointError, match=f"someone/tiny|{SHARD_2}"):
+        Embedder.from_pretrained("someone/tiny", device="cpu")
+
+
+OPTIONS = [
+    ({"dtype": "int8"}, ("dtype", "bfloat16", "'int8'")),
+    ({"dtype": "floaty"}, ("dtype", "'floaty'")),
+    ({"dtype": torch.int8}, ("dtype", "torch.int8")),
+    ({"ops": "floaty"}, ("ops", "reference", "'floaty'")),
+    ({"device": "floaty"}, ("device", "'floaty'")),
+    ({"revision": "main"}, ("revision", "'main'")),
+    ({"max_length": 32_769}, ("max_length", "32768", "32769")),
+]
+
+
+@pytest.mark.parametrize(("options", "parts"), OPTIONS, ids=[str(case)[:60] for case, _ in OPTIONS])
+def test_options_refused(tmp_path, options, parts):
+    directory = tiny(tmp_path)
+    options = {"device": "cpu", **options}
+    refused(lambda: Embedder.from_pretrained(directory, **options), *parts, error=InputError)
+
+
+# --------------------------------------------------------------------------------------------- refused: config
+
+
+CONFIGS = [
+    ({"model_type": "llama"}, ("model_type", "'qwen3'", "'llama'")),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ("RoPE", "'yarn'")),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ("RoPE", "'yarn'")),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, ("RoPE", "'yarn'")),
+    ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "yarn"}}, ("RoPE", "'yarn'")),
+    ({"rope_scaling": "yarn"}, ("RoPE", "'yarn'")),
+    ({"rope_theta": None}, ("rope_theta", "positive number", "None")),
+    ({"rope_theta": "1e6"}, ("rope_theta", "positive number", "'1e6'")),
+    ({"rope_theta": float("nan")}, ("rope_theta", "nan")),
+    ({"rms_norm_eps": float("inf")}, ("rms_norm_eps", "inf")),
+    ({"rms_norm_eps": 0}, ("rms_norm_eps", "0")),
+    ({"hidden_size": None}, ("hidden_size", "positive integer", "None")),
+    ({"hidden_size": 8.0}, ("hidden_size", "positive integer", "8.0")),
+    ({"hidden_size": [8]}, ("hidden_size", "positive integer", "[8]")),
+    ({"hidden_size": 2**62}, (str(2**62),)),
+    ({"intermediate_size": 10**30}, (str(10**30),)),
+    ({"num_hidden_layers": True}, ("num_hidden_layers", "positive integer", "True")),
+    ({"num_hidden_layers": -1}, ("num_hidden_layers", "positive integer", "-1")),
+    ({"num_hidden_layers": 0}, ("num_hidden_layers", "positive integer", "0")),
+    ({"num_hidden_layers": "1"}, ("num_hidden_layers", "positive integer", "'1'")),
+    ({"num_hidden_layers": float("nan")}, ("num_hidden_layers", "positive integer", "nan")),
+    ({"num_key_value_heads": 3}, ("num_attention_heads", "multiple", "3", "2")),
+    ({"head_dim": 7}, ("head_dim", "even", "7")),
+    ({"hidden_act": "gelu"}, ("hidden_act", "'silu'", "'gelu'")),
+    ({"attention_bias": True}, ("attention_bias", "False", "True")),
+    ({"use_sliding_window": True}, ("use_sliding_window", "False", "True")),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, ("layer_types", "'sliding_attention'")),
+    ({"layer_types": 5}, ("layer_types", "5")),
+    ({"tie_word_embeddings": "yes"}, ("tie_word_embeddings", "true or false", "'yes'")),
+    ({"torch_dtype": 16}, ("dtype", "16")),
+    ({"torch_dtype": "int8"}, ("dtype", "'int8'")),
+]
+
+
+@pytest.mark.parametrize(("changed", "parts"), CONFIGS, ids=[str(case)[:60] for case, _ in CONFIGS])
+def test_config_refused(tmp_path, changed, parts):
+    directory = tiny(tmp_path)
+    edit_json(directory / "config.json", **changed)
+    refused(lambda: load_model(directory, device="cpu"), str(directory), *parts)
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "num_attention_heads", "max_position_embeddings", "rope_theta"])
+def test_config_field_missing(tmp_path, field):
+    directory = tiny(tmp_path)
+    edit_json(directory / "config.json", field)
+    refused(lambda: load_model(directory, device="cpu"), "config.json", field, "None")
+    with pytest.raises(CheckpointError, match=f"mine: {field}"):
+        Qwen3Config.from_dict(json.loads((directory / "config.json").read_text()), "mine")
+
+
+@pytest.mark.parametrize("file", ["config.json", INDEX])
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (None, ("nothing",)),
+        (b"", ("JSON",)),
+        (b"{'model_type': 'qwen3'}", ("JSON",)),
+        (b"\xff\xfe{}", ("JSON",)),
+        (b"[1, 2]", ("object", "list")),
+        (b'{"a": ' + b"9" * 5000 + b"}", ("JSON",)),
+        (b"[" * 10**6, ("JSON",)),
+    ],
+    ids=["missing", "empty", "quotes", "bytes", "list", "number", "nested"],
+)
+def test_json_refused(tmp_path, file, content, parts):
+    directory = tiny(tmp_path, shards=2)
+    (directory / file).unlink()
+    if content is not None:
+        (directory / file).write_bytes(content)
+    parts = ("neither",) if content is None and file == INDEX else parts
+    refused(lambda: load_model(directory, device="cpu"), str(directory), file, *parts)
+
+
+# -------------------------------------------------------------------------------------------- refused: weights
+
+
+def on_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    return lambda d: edit_tensors(d / SINGLE, change)
+
+
+def on_header(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    return lambda d: edit_header(d / SINGLE, change)
+
+
+def on_bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    return lambda d: (d / SINGLE).write_bytes(change((d / SINGLE).read_bytes()))
+
+
+def embedding_of_shape(*shape: int) -> Callable[[Path], object]:
+    """A file that is valid, with an embedding matrix that no model has."""
+
+    def change(file: bytes) -> bytes:
+        fields, data = split(file)
+        size = fields["embed_tokens.weight"]["data_offsets"][1]
+        fields["embed_tokens.weight"]["shape"] = list(shape)
+        end = relayout(fields)["embed_tokens.weight"]["data_offsets"][1]
+        return join(fields, bytes(end) + data[size:])
+
+    return on_bytes(change)
+
+
+QUERY = "layers.0.self_attn.q_proj.weight"
+SINGLE_FILE = {
+    "no weights": (lambda d: (d / SINGLE).unlink(), (SINGLE, INDEX, "neither")),
+    "only a pickle": (lambda d: (d / SINGLE).rename(d / "pytorch_model.bin"), (SINGLE, "pytorch_model.bin")),
+    "only GGUF": (lambda d: (d / SINGLE).rename(d / "Q8_0.gguf"), (SINGLE, "Q8_0.gguf")),
+    "directory": (lambda d: ((d / SINGLE).unlink(), (d / SINGLE).mkdir()), (SINGLE, "something else")),
+    "empty": (on_bytes(lambda file: b""), (SINGLE, "0 bytes")),
+    "seven bytes": (on_bytes(lambda file: file[:7]), (SINGLE, "7 bytes")),
+    "header cut": (on_bytes(lambda file: file[:100]), (SINGLE, "100 bytes")),
+    "truncated": (on_bytes(lambda file: file[:-1]), (SINGLE, "bytes that are not")),
+    "extended": (on_bytes(lambda file: file + b"\0"), (SINGLE, "bytes that are not")),
+    "header length 2**63": (on_bytes(lambda file: struct.pack("<Q", 2**63) + file[8:]), (SINGLE, "bytes that are not")),
+    "header length 2**40": (on_bytes(lambda file: struct.pack("<Q", 2**40) + file[8:]), (SINGLE, "bytes that are not")),
+    "header length 0": (on_bytes(lambda file: bytes(8) + file[8:]), (SINGLE, "bytes that are not")),
+    "header not JSON": (on_bytes(lambda file: join(b"{nonsense", split(file)[1])), (SINGLE, "bytes that are not")),
+    "header a list": (on_bytes(lambda file: join([], split(file)[1])), (SINGLE, "bytes that are not")),
+    "pickle inside": (
+        on_bytes(lambda file: b"\x80\x02ccollections\nOrderedDict\nq\0)Rq\1."),
+        (SINGLE, "bytes that are"),
+    ),
+    "overlap": (on_header(lambda h: h["norm.weight"].update(data_offsets=[0, 16])), (SINGLE, "weight")),
+    "out of range": (on_header(lambda h: h["norm.weight"].update(data_offsets=[10**9, 10**9 + 16])), (SINGLE, "norm")),
+    "backwards": (on_header(lambda h: h["norm.weight"].update(data_offsets=[16, 0])), (SINGLE, "norm.weight")),
+    "negative": (on_header(lambda h: h["norm.weight"].update(data_offsets=[-16, 0])), (SINGLE,)),
+    "with and without prefix": (
+        on_tensors(lambda t: t.update({"model.norm.weight": t["norm.weight"].clone()})),
+        (SINGLE, "'norm.weight'", "'model.norm.weight'", "once"),
+    ),
+    "key missing": (on_tensors(lambda t: t.pop(QUERY)), (QUERY, SINGLE, "nowhere")),
+    "no embedding": (on_tensors(lambda t: t.pop("embed_tokens.weight")), ("embed_tokens.weight", "nowhere")),
+    "key unknown": (on_tensors(lambda t: t.update(extra=torch.ones(1))), (SINGLE, "'extra'")),
+    "bias": (on_tensors(lambda t: t.update({QUERY.replace("weight", "bias"): torch.ones(16)})), ("q_proj.bias",)),
+    "layer misnumbered": (
+        on_tensors(lambda t: [t.update({k.replace("0", "1"): t.pop(k)}) for k in list(t) if ".0." in k]),
+        ("layers.0.", "nowhere"),
+    ),
+    "layer too many": (on_tensors(lambda t: t.update({"layers.1.x": torch.ones(1)})), ("layers", "1", "2")),
+    "wrong shape": (on_tensors(lambda t: t.update({QUERY: t[QUERY][:8].clone()})), (QUERY, "[16, 8]", "[8, 8]")),
+    "transposed": (on_tensors(lambda t: t.update({QUERY: t[QUERY].T.contiguous()})), (QUERY, "[16, 8]", "[8, 16]")),
+    "integers": (on_tensors(lambda t: t.update({QUERY: t[QUERY].int()})), (QUERY, "BF16", "I32")),
+    "integer embedding": (
+        on_tensors(lambda t: t.update({"embed_tokens.weight": t["embed_tokens.weight"].to(torch.int8)})),
+        ("embed_tokens.weight", "BF16", "I8"),
+    ),
+    "float8": (on_tensors(lambda t: t.update({QUERY: t[QUERY].to(torch.float8_e4m3fn)})), (QUERY, "BF16", "F8_E4M3")),
+    "scalar embedding": (embedding_of_shape(), ("embed_tokens.weight",)),
+    "flat embedding": (embedding_of_shape(8), ("embed_tokens.weight", "[8]")),
+    "empty embedding": (embedding_of_shape(2**40, 0), ("embed_tokens.weight", "[1099511627776, 0]")),
+    "more rows than numbers": (embedding_of_shape(2**62, 0), ("embed_tokens.weight", str(2**62))),
+    "more rows than int64": (embedding_of_shape(2**63, 0), ("embed_tokens.weight", str(2**63))),
+}
+
+
+@pytest.mark.parametrize("case", SINGLE_FILE)
+def test_weights_refused(tmp_path, case):
+    change, parts = SINGLE_FILE[case]
+    directory = tiny(tmp_path)
+    change(directory)
+    refused(lambda: load_model(directory, device="cpu"), str(directory), *parts)
+    refused(lambda: load_model(directory, device="cpu", head=True), str(directory), *parts)
+
+
+def test_an_untied_reranker_needs_its_head(tmp_path):
+    directory = tiny(tmp_path, "reranker", tied=False)
+    edit_tensors(directory / SINGLE, lambda t: t.pop("lm_head.weight"))
+    refused(lambda: Reranker.from_pretrained(directory, device="cpu"), "lm_head.weight", SINGLE, "nowhere")
+    assert Embedder.from_pretrained(directory, device="cpu").model.lm_head is None  # as an embedding model, it is whole
+
+
+def mapped(change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
+    def edit(directory: Path) -> None:
+        weight_map = json.loads((directory / INDEX).read_text("utf-8"))["weight_map"]
+        change(weight_map)
+        edit_json(directory / INDEX, weight_map=weight_map)
+
+    return edit
+
+
+def shard_named(value: object) -> tuple[Callable[[Path], None], tuple[str, ...]]:
+    return mapped(lambda m: m.update({"norm.weight": value})), (INDEX, "'norm.weight'", repr(value)[1:100])
+
+
+SHARDED = {
+    "shard missing": (lambda d: (d / SHARD_2).unlink(), (SHARD_2, "nothing")),
+    "shard a directory": (lambda d: ((d / SHARD_2).unlink(), (d / SHARD_2).mkdir()), (SHARD_2, "something else")),
+    "shard truncated": (lambda d: os.truncate(d / SHARD_2, 1000), (SHARD_2, "1000 bytes")),
+    "shard a broken link": (
+        lambda d: ((d / SHARD_2).unlink(), (d / SHARD_2).symlink_to("gone")),
+        (SHARD_2, "nothing"),
+    ),
+    "shard of a name too long": (
+        mapped(lambda m: m.update({"norm.weight": "x" * 300 + ".safetensors"})),
+        ("x" * 300 + ".safetensors",),
+    ),
+    "key in two shards": (
+        lambda d: edit_tensors(d / SHARD_1, lambda t: t.update({"norm.weight": torch.ones(8)})),
+        (SHARD_1, SHARD_2, "'norm.weight'", "once"),
+    ),
+    "key in another shard": (
+        mapped(lambda m: m.update({"norm.weight": SHARD_1})),
+        (INDEX, "'norm.weight'", SHARD_1, SHARD_2),
+    ),
+    "key in no shard": (mapped(lambda m: m.update({"missing.weight": SHARD_1})), ("missing.weight", "nowhere")),
+    "shard not in the index": (
+        mapped(lambda m: [m.pop(k) for k in list(m) if m[k] == SHARD_2]),
+        ("layers.0.", SHARD_1, "nowhere"),
+    ),
+    "map a list": (lambda d: edit_json(d / INDEX, weight_map=[SHARD_1]), (INDEX, "weight_map", "object")),
+    "map empty": (lambda d: edit_json(d / INDEX, weight_map={}), (INDEX, "weight_map", "{}")),
+    "map missing": (lambda d: edit_json(d / INDEX, "weight_map"), (INDEX, "weight_map", "None")),
+    **{
+        f"shard {value!r:.30}": shard_named(value)
+        for value in [
+            *(5, None, [SHARD_2], "", ".", "..", "config.json", "model.bin", ".safetensors/", "a\0.safetensors"),
+            *("../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", f"./{SHARD_2}", f"{SHARD_2}/"),
+            *("a\\b.safetensors", "..\\x.safetensors", "C:x.safetensors"),
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_shards_refused(tmp_path, case):
+    change, parts = SHARDED[case]
+    directory = tiny(tmp_path / "inside", shards=2)
+    shutil.copy(directory / SHARD_2, tmp_path / "x.safetensors")  # a way out of the directory would lead somewhere
+    change(directory)
+    refused(lambda: load_model(directory, device="cpu"), str(directory), *parts)
+
+
+# ------------------------------------------------------------------------------------------ refused: tokenizer
+
+
+def new_rows(rows: int) -> Callable[[Path], None]:
+    return on_tensors(lambda t: t.update({"embed_tokens.weight": torch.ones(rows, 8, dtype=torch.bfloat16)}))
+
+
+def word_level(directory: Path) -> None:
+    Backend(models.WordLevel({"a": 0}, unk_token="[UNK]")).save(str(directory / "tokenizer.json"))
+
+
+BASE, TOTAL = 576, 602  # the small tokenizer's vocabulary, without and with added tokens; EOS is the first added
+TOKENIZER = {
+    "missing": (lambda d: (d / "tokenizer.json").unlink(), ("nothing",)),
+    "directory": (lambda d: ((d / "tokenizer.json").unlink(), (d / "tokenizer.json").mkdir()), ("directory",)),
+    "garbage": (lambda d: (d / "tokenizer.json").write_bytes(b"\xff\0 garbage"), ()),
+    "empty": (lambda d: (d / "tokenizer.json").write_bytes(b""), ()),
+    "another JSON": (lambda d: shutil.copy(d / "config.json", d / "tokenizer.json"), ()),
+    "no <|endoftext|>": (
+        lambda d: (d / "tokenizer.json").write_text(
+            (d / "tokenizer.json").read_text("utf-8").replace("<|endoftext|>", "<|another|>"), "utf-8"
+        ),
+        ("<|endoftext|>", "one token"),
+    ),
+    "no unknown token": (word_level, ("<|endoftext|>",)),
+    "larger than the matrix": (new_rows(100), ("vocabulary", "100", str(TOTAL))),
+    "no row for EOS": (new_rows(BASE), ("vocabulary", str(BASE), str(TOTAL))),
+    "far smaller than the matrix": (new_rows(151_669), ("vocabulary", "151669", str(TOTAL))),
+    "too small by one": (new_rows(TOTAL + 1025), ("vocabulary", str(TOTAL + 1025), str(TOTAL))),
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZER)
+def test_tokenizer_refused(tmp_path, case):
+    change, parts = TOKENIZER[case]
+    directory = tiny(tmp_path)
+    change(directory)
+    refused(lambda: Embedder.from_pretrained(directory, device="cpu"), str(directory / "tokenizer.json"), *parts)
+
+
+@pytest.mark.parametrize("rows", [BASE + 1, TOTAL, TOTAL + 1024])
+def test_padded_and_slightly_short_matrices_are_accepted(tmp_path, rows):
+    directory = tiny(tmp_path)
+    new_rows(rows)(directory)
+    assert Embedder.from_pretrained(directory, device="cpu").model.embed_tokens.num_embeddings == rows
+
+
+# ------------------------------------------------------------------------------------ hangs, memory, other files
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_pipes_are_refused_and_do_not_hang(tmp_path):
+    """A pipe in the place of each file; in a process of its own, since a blocked read cannot be interrupted."""
+    cases = {"config.json": 1, SINGLE: 1, "tokenizer.json": 1, INDEX: 2, SHARD_2: 2}
+    for number, (name, shards) in enumerate(cases.items()):
+        directory = tiny(tmp_path / str(number), shards=shards)
+        (directory / name).unlink()
+        os.mkfifo(directory / name)
+    code = """
+import json, sys
+from qwen3core import CheckpointError, Embedder
+found = {}
+for directory in sys.argv[1:]:
+    try:
+        Embedder.from_pretrained(directory, device="cpu")
+    except CheckpointError as error:
+        found[directory] = str(error)
+print(json.dumps(found))
+"""
+    found = run_python(code, *(tmp_path / str(number) for number in range(len(cases))))
+    for number, name in enumerate(cases):
+        message = found[str(tmp_path / str(number))]
+        assert name in message
+        assert "expected" in message
+        assert "found" in message
+
+
+def nasty(directory: Path) -> dict[str, bytes]:
+    """Contents for ``SINGLE`` that promise far more than they hold."""
+    fields, data = split((tiny(directory) / SINGLE).read_bytes())
+
+    def norm(**changes: object) -> bytes:
+        return join({**fields, "norm.weight": {**fields["norm.weight"], **changes}}, data)
+
+    return {
+        "shape": norm(shape=[2**40]),
+        "shape and offsets": norm(shape=[2**40], data_offsets=[0, 2**41]),
+        "shape beyond u64": norm(shape=[2**40, 2**40]),
+        "shape zero": norm(shape=[2**63, 2**63, 0]),
+        "many dimensions": norm(shape=[1] * 10**5),
+        "length 2**40": struct.pack("<Q", 2**40) + data,
+        "length 2**64 - 1": struct.pack("<Q", 2**64 - 1) + data,
+        "length just allowed": struct.pack("<Q", 99_999_999) + data,
+        "nested lists": join(b"[" * 10**6, data),
+        "nested objects": join(b'{"a":' * 200_000, data),
+        "nested shape": join(b'{"a":{"dtype":"F32","shape":' + b"[" * 10**6, data),
+        "long key": join({**fields, "k" * 10**6: {}}, data),
+        "much data": join(relayout({**fields, "norm.weight": {"dtype": "F32", "shape": [2**50]}}), data),
+    }
+
+
+def test_no_memory_beyond_the_size_of_the_file(tmp_path):
+    """64 MiB of address space above what a good load needs; an abort, a kill or a MemoryError fails the test."""
+    pytest.importorskip("resource")
+    good = tiny(tmp_path / "good")
+    directories = [good]
+    for case, file in nasty(tmp_path / "model").items():
+        directory = shutil.copytree(good, tmp_path / case)
+        (directory / SINGLE).write_bytes(file)
+        directories.append(directory)
+    for layers in (10**9, 10**30):
+        directories.append(shutil.copytree(good, tmp_path / f"layers {layers}"))
+        edit_json(directories[-1] / "config.json", num_hidden_layers=layers)
+    code = """
+import json, re, resource, sys, time
+from pathlib import Path
+from qwen3core import CheckpointError, load_model
+def memory(field):
+    return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+found = {}
+for directory in sys.argv[1:]:
+    started = time.perf_counter()
+    try:
+        load_model(directory, device="cpu")
+    except CheckpointError as error:
+        found[Path(directory).name] = [str(error)[:1000], time.perf_counter() - started]
+    if directory == sys.argv[1]:
+        peak = memory("VmHWM")
+        resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + 2**26,) * 2)
+print(json.dumps({"found": found, "growth": memory("VmHWM") - peak}))
+"""
+    result = run_python(code, *directories)
+    found = result["found"]
+    assert result["growth"] < 2**26
+    assert set(found) == {directory.name for directory in directories[1:]}
+    assert all("expected" in message for message, _ in found.values())
+    assert max(seconds for _, seconds in found.values()) < 5
+    for layers in (10**9, 10**30):
+        message, _ = found[f"layers {layers}"]
+        assert "num_hidden_layers" in message
+        assert str(layers) in message
+
+
+# -------------------------------------------------------------------------------------------------------- fuzz
+
+NUMBERS = [
+    *(0, 1, -1, 2, 7, 8, 16, 255, 2**31, 2**32, 2**40, 2**53),
+    *(2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**30, -(2**63)),
+]
+ODD = st.sampled_from(NUMBERS)
+JUNK = st.recursive(
+    st.none() | st.booleans() | ODD | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=6,
+)
+ST_DTYPES = [
+    *("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F4", "F6_E2M3", "I16", "U16", "F16", "BF16"),
+    *("I32", "U32", "F32", "C64", "F64", "I64", "U64", "X"),
+]
+FUZZ = settings(
+    max_examples=150,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Checkpoints for examples to overwrite, the same again in ``good``, and a good file outside of all."""
+    root = tmp_path_factory.mktemp("fuzz")
+    for name, shards in (("single", 1), ("sharded", 2)):
+        shutil.copytree(tiny(root / "good" / name, shards=shards), root / name)
+    shutil.copy(root / "sharded" / SHARD_2, root / "outside.safetensors")
+    return root
+
+
+def loads_or_is_refused(root: Path, name: str, content: bytes) -> bool:
+    """With one file changed: a model, every weight of it readable, or a clear CheckpointError, and nothing else."""
+    file, message = root / name, None
+    file.unlink()  # a new file: models of earlier examples keep the pages of theirs
+    file.write_bytes(content)
+    try:
+        model = load_model(file.parent, device="cpu")
+        assert all(p.double().sum().numel() == 1 for p in model.parameters())
+    except CheckpointError as error:
+        message = str(error)
+    finally:
+        file.unlink()
+        shutil.copy(root / "good" / name, file)
+    assert message is None or ("expected" in message and "found" in message), message
+    return message is None
+
+
+@FUZZ
+@given(data=st.data())
+def test_fuzz_bytes(root, data):
+    original = (root / "good" / "single" / SINGLE).read_bytes()
+    end = 8 + struct.unpack("<Q", original[:8])[0]
+    file = bytearray(original)
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, end) | st.integers(0, 8))
+        kind = data.draw(st.sampled_from(["flip", "set", "insert", "delete", "length", "shift", "cut", "extend"]))
+        if kind == "flip":
+            file[at : at + 1] = bytes(b ^ 1 << data.draw(st.integers(0, 7)) for b in file[at : at + 1])
+        elif kind == "set":
+            file[at : at + 1] = data.draw(st.binary(min_size=1, max_size=1) | st.sampled_from([b'"', b"9", b"{", b"]"]))
+        elif kind == "insert":
+            file[at:at] = data.draw(st.binary(min_size=1, max_size=9) | st.sampled_from([b"-", b"0", b" ", b",", b"["]))
+        elif kind == "delete":
+            del file[at : at + data.draw(st.integers(1, 40))]
+        elif kind == "length":
+            file[:8] = struct.pack("<Q", data.draw(ODD.filter(lambda n: 0 <= n < 2**64) | st.integers(0, 2**64 - 1)))
+        elif kind == "shift":
+            file[:8] = struct.pack("<Q", max(0, end - 8 + data.draw(st.integers(-9, 9))))
+        elif kind == "cut":
+            del file[data.draw(st.integers(0, len(file))) :]
+        else:
+            file += data.draw(st.binary(min_size=1, max_size=99))
+    loads_or_is_refused(root, f"single/{SINGLE}", bytes(file))
+
+
+@FUZZ
+@given(data=st.data())
+def test_fuzz_header(root, data):
+    """Values of the header replaced; half of the time with offsets that agree, to get past the parser."""
+    fields, rest = split((root / "good" / "single" / SINGLE).read_bytes())
+    keys = [key for key in fields if key != "__metadata__"]
+    consistent = data.draw(st.booleans())
+    sizes = ODD.filter(lambda n: n >= 0)
+    for key in data.draw(st.lists(st.sampled_from(["embed_tokens.weight", *keys]), min_size=1, max_size=3)):
+        kind = data.draw(st.sampled_from(["shape", "dtype", "rename"] + ["data_offsets", "entry"] * (not consistent)))
+        if kind == "rename":
+            other = data.draw(st.sampled_from(["model.", "layers.", "", "layers.0", "\0", "model." + key]) | st.text())
+            fields[other] = fields.pop(key, {"dtype": "F32", "shape": [], "data_offsets": [0, 0]})
+        elif kind == "entry":
+            fields[key] = data.draw(JUNK)
+        elif isinstance(fields.get(key), dict):
+            choices = {
+                "shape": st.lists(sizes, max_size=3) if consistent else st.lists(ODD, max_size=3) | JUNK,
+                "dtype": st.sampled_from(ST_DTYPES) if consistent else st.sampled_from(ST_DTYPES) | JUNK,
+                "data_offsets": st.tuples(ODD, ODD) | st.tuples(st.integers(0, 99), st.integers(0, 99)) | JUNK,
+            }
+            fields[key][kind] = data.draw(choices[kind])
+    if consistent:
+        relayout(fields)
+        total = max((fields[key]["data_offsets"][1] for key in fields if key != "__metadata__"), default=0)
+        rest = (rest + bytes(max(0, min(total, 2**20) - len(rest))))[: min(total, 2**20)]
+    loads_or_is_refused(root, f"single/{SINGLE}", join(fields, rest))
+
+
+@FUZZ
+@given(data=st.data())
+def test_fuzz_index_opens_nothing_outside(root, data):
+    index = json.loads((root / "good" / "sharded" / INDEX).read_text("utf-8"))
+    weight_map = index["weight_map"]
+    outside = str(root / "outside.safetensors")
+    names = [
+        *(SHARD_1, SHARD_2, "outside.safetensors", "../outside.safetensors", outside, f"/{outside}", f"./{SHARD_1}"),
+        *("../sharded/" + SHARD_1, "x/../../outside.safetensors", "..\\outside.safetensors", "~/outside.safetensors"),
+        *("..", ".", "", "/", "\0", "../outside.safetensors\0.safetensors", "file://" + outside, "../single/" + SINGLE),
+    ]
+    value = st.sampled_from(names) | st.text(max_size=300).map(lambda t: t + ".safetensors") | st.text() | JUNK
+    for key in data.draw(st.lists(st.sampled_from([*weight_map, "", "model.", "other"]), min_size=1, max_size=3)):
+        weight_map[key] = data.draw(value)
+    whole = data.draw(st.sampled_from([True] * 8 + [False]))
+    content = json.dumps(index if whole else {"weight_map": data.draw(JUNK)}).encode()
+    opened = []
+    original = checkpoint.safe_open
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "safe_open", lambda file, **kw: opened.append(Path(file)) or original(file, **kw))
+        loaded = loads_or_is_refused(root, f"sharded/{INDEX}", content)
+    assert len(opened) >= 2 * loaded  # the recorder is in place
+    assert {Path(os.path.abspath(file)).parent for file in opened} <= {root / "sharded"}
+    assert {file.name for file in opened} <= {SHARD_1, SHARD_2}
+
+
+@FUZZ
+@given(data=st.data())
+def test_fuzz_config(root, data):
+    config = json.loads((root / "good" / "single" / "config.json").read_text("utf-8"))
+    names = st.sampled_from([*config, "dtype", "rope_parameters", "layer_types", "partial_rotary_factor"])
+    rope = st.fixed_dictionaries({}, optional=dict.fromkeys(("rope_type", "type", "rope_theta", "factor"), JUNK))
+    for name in data.draw(st.lists(names, min_size=1, max_size=3)):
+        config[name] = data.draw(ODD | JUNK | (rope if "rope" in name else ODD))
+    loads_or_is_refused(root, "single/config.json", json.dumps(config).encode())
