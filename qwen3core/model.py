@@ -88,8 +88,9 @@ class Qwen3Model(nn.Module):
         self.config = config
         self.ops = resolve(ops)
         self.taps = Taps()
-        # Given its weight: nn.Embedding's own initialisation on the meta device imports half of torch (1.5 s).
         weight = torch.empty(config.vocab_size, config.hidden_size)
+        if not weight.is_meta:  # there, a normal_ that fills nothing imports half of torch (1.5 s)
+            weight.normal_(std=0.02)
         self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
