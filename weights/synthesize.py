@@ -243,7 +243,7 @@ def _write_tokenizer(directory: Path, layout: Layout, tok: tokenizers.Tokenizer,
     (directory / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
     official = source.with_name("tokenizer_config.json") if source else None
     if official and official.exists():
-        shutil.copy(official, directory / "tokenizer_config.json")
+        shutil.copyfile(official, directory / "tokenizer_config.json")
         return
     settings = {
         "tokenizer_class": "Qwen2Tokenizer",
