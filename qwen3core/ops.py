@@ -71,14 +71,12 @@ def _sdpa(
     max_seqlen_k: int,
 ) -> Tensor:
     out = []
-    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    for q0, q1, k0, k1 in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
-        queries, keys, values = (x.transpose(0, 1)[None] for x in (q[q0:q1], k[k0:k1], v[k0:k1]))
-        mask = None
-        if q1 - q0 < k1 - k0:  # SDPA's own is_causal is aligned at the top left
-            mask = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool, device=q.device).tril((k1 - k0) - (q1 - q0))
-        elif q1 - q0 > k1 - k0:
-            raise InputError(f"attention: expected no more queries than keys, found {q1 - q0} and {k1 - k0}")
-        z = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=mask is None, enable_gqa=True)
+    for rows_q, rows_k in reference.sequences(cu_seqlens_q, cu_seqlens_k):
+        queries, keys, values = (x.transpose(0, 1) for x in (q[rows_q], k[rows_k], v[rows_k]))
+        # SDPA's own is_causal is aligned at the top left.
+        mask = None if len(q[rows_q]) == len(k[rows_k]) else reference.visible(queries, keys)
+        z = F.scaled_dot_product_attention(
+            queries[None], keys[None], values[None], mask, is_causal=mask is None, enable_gqa=True
+        )
         out.append(z[0].transpose(0, 1))
     return torch.cat(out)

@@ -106,8 +106,9 @@ class Pretrained:
             if max(ids) >= rows:
                 raise InputError(f"input {index}: expected token ids below {rows} (embed_tokens), found {max(ids)}")
         groups = plan([len(s) for s in sequences], batch_tokens)
-        hidden = not show_progress_bar if show_progress_bar is not None else len(groups) < 2 or None
-        with tqdm(total=len(sequences), disable=hidden, unit="text", leave=False) as bar:
+        # By default on a terminal (tqdm's None), if there is more than one batch to wait for.
+        disable = None if show_progress_bar is None and len(groups) > 1 else not show_progress_bar
+        with tqdm(total=len(sequences), disable=disable, unit="text", leave=False) as bar:
             for indices in groups:
                 batch = pack([sequences[i] for i in indices], device=self.device, indices=indices)
                 out[indices] = self.model.pool(self.model(batch), batch, dim=dim, normalize=normalize)

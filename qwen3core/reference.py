@@ -6,6 +6,8 @@ Every other implementation is tested against these functions, and these, bit for
 float64 oracle.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -59,18 +61,29 @@ def attention(
     """
     out = []
     groups = q.shape[1] // k.shape[1]
+    for rows_q, rows_k in sequences(cu_seqlens_q, cu_seqlens_k):
+        queries = q[rows_q].transpose(0, 1)  # [Hq, len_q, D]
+        keys = k[rows_k].transpose(0, 1).repeat_interleave(groups, dim=0)
+        values = v[rows_k].transpose(0, 1).repeat_interleave(groups, dim=0)
+        scores = queries @ keys.transpose(1, 2) * q.shape[2] ** -0.5
+        scores = at_least_float32(scores.masked_fill(~visible(queries, keys), -torch.inf))
+        out.append((scores.softmax(dim=-1).to(q.dtype) @ values).transpose(0, 1))
+    return torch.cat(out)
+
+
+def sequences(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[slice, slice]]:
+    """The rows of each sequence's queries and of its keys. Raises InputError where queries outnumber keys."""
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for q0, q1, k0, k1 in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
         if q1 - q0 > k1 - k0:
             raise InputError(f"attention: expected no more queries than keys, found {q1 - q0} and {k1 - k0}")
-        queries = q[q0:q1].transpose(0, 1)
-        keys = k[k0:k1].transpose(0, 1).repeat_interleave(groups, dim=0)
-        values = v[k0:k1].transpose(0, 1).repeat_interleave(groups, dim=0)
-        scores = queries @ keys.transpose(1, 2) * q.shape[2] ** -0.5
-        visible = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).tril((k1 - k0) - (q1 - q0))
-        scores = at_least_float32(scores.masked_fill(~visible, -torch.inf))
-        out.append((scores.softmax(dim=-1).to(q.dtype) @ values).transpose(0, 1))
-    return torch.cat(out)
+        yield slice(q0, q1), slice(k0, k1)
+
+
+def visible(queries: Tensor, keys: Tensor) -> Tensor:
+    """The causal mask of one sequence, aligned at the bottom right; [heads, length, D] each to [len_q, len_k] bool."""
+    len_q, len_k = queries.shape[1], keys.shape[1]
+    return torch.ones(len_q, len_k, dtype=torch.bool, device=queries.device).tril(len_k - len_q)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
