@@ -35,11 +35,7 @@ class Ops:
     def torch() -> "Ops":
         """What stock PyTorch ships fused: ``rms_norm`` and ``scaled_dot_product_attention``; else the reference."""
         return Ops(
-            rms_norm=_rms_norm,
-            rope=reference.rope,
-            attention=_sdpa,
-            swiglu=reference.swiglu,
-            pool=reference.pool,
+            rms_norm=_rms_norm, rope=reference.rope, attention=_sdpa, swiglu=reference.swiglu, pool=reference.pool
         )
 
     def __repr__(self) -> str:
@@ -62,13 +58,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
 ) -> Tensor:
     out = []
     for rows_q, rows_k in reference.sequences(cu_seqlens_q, cu_seqlens_k):

@@ -67,10 +67,7 @@ class Pretrained:
         tokenizer = Tokenizer(directory / "tokenizer.json", split_special_tokens=split_special_tokens)
         extra = directory / "config_sentence_transformers.json"
         return cls(
-            model,
-            tokenizer,
-            max_length=max_length,
-            sentence_transformers=read_json(extra) if extra.exists() else None,
+            model, tokenizer, max_length=max_length, sentence_transformers=read_json(extra) if extra.exists() else None
         )
 
     @property

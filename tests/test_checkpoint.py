@@ -578,10 +578,7 @@ SHARDED = {
     "shard missing": (lambda d: (d / SHARD_2).unlink(), (SHARD_2, "nothing")),
     "shard a directory": (lambda d: ((d / SHARD_2).unlink(), (d / SHARD_2).mkdir()), (SHARD_2, "something else")),
     "shard truncated": (lambda d: os.truncate(d / SHARD_2, 1000), (SHARD_2, "1000 bytes")),
-    "shard a broken link": (
-        lambda d: ((d / SHARD_2).unlink(), (d / SHARD_2).symlink_to("gone")),
-        (SHARD_2, "nothing"),
-    ),
+    "shard a broken link": (lambda d: ((d / SHARD_2).unlink(), (d / SHARD_2).symlink_to("gone")), (SHARD_2, "nothing")),
     "shard of a name too long": (
         mapped(lambda m: m.update({"norm.weight": "x" * 300 + ".safetensors"})),
         ("x" * 300 + ".safetensors",),

@@ -135,10 +135,7 @@ def test_synthesize(tmp_path, capsys):
         (["embed", "{model}", "x", "--dim", "65"], "truncate_dim: expected an integer from 1 to 64, found 65"),
         (["embed", "{model}", "x y z", "--batch-tokens", "1"], "batch_tokens: expected at least"),
         (["rerank", "{model}", "no query"], "argument 'no query': expected --query, or .jsonl rows with query"),
-        (
-            ["rerank", "{model}", "{tmp}/half.jsonl"],
-            "half.jsonl, line 1: expected a text, or an object",
-        ),
+        (["rerank", "{model}", "{tmp}/half.jsonl"], "half.jsonl, line 1: expected a text, or an object"),
     ],
 )
 def test_bad_input_is_said_and_leaves_nothing(embedding_dir, tmp_path, capsys, arguments, message):

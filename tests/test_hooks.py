@@ -157,10 +157,7 @@ def test_points_that_cannot_be_served_raise(embedder, use):
         use(embedder.model, "layers.9.q"),
     ):
         pass
-    with (
-        pytest.raises(InputError, match="'pooled': expected it to be computed"),
-        use(embedder.model, "pooled"),
-    ):
+    with pytest.raises(InputError, match="'pooled': expected it to be computed"), use(embedder.model, "pooled"):
         embedder.model(pack([[1, 2]]))
     with pytest.raises(InputError, match="point 'embed'"), use(embedder.model, "embed"):
         pass  # the model did not run

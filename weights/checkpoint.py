@@ -42,10 +42,7 @@ def find(path_or_id: str | Path, *, revision: str | None = None) -> Path:
     def snapshot(local_files_only: bool) -> Path:
         return Path(
             huggingface_hub.snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=["*.json", "*.safetensors"],
-                local_files_only=local_files_only,
+                name, revision=revision, allow_patterns=["*.json", "*.safetensors"], local_files_only=local_files_only
             )
         )
 

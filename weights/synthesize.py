@@ -11,8 +11,8 @@ import shutil
 import struct
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import tokenizers
 import torch
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -22,6 +22,7 @@ from qwen3core import prompts
 from qwen3core.config import Qwen3Config
 from qwen3core.errors import InputError
 from qwen3core.model import Qwen3Model
+from qwen3core.tokenizer import Tokenizer
 
 from .checkpoint import DTYPES, INDEX, SINGLE
 
@@ -67,116 +68,95 @@ def synthesize(
 
     layout: a name of ``LAYOUTS``, or a Layout of one's own. tokenizer: a tokenizer.json; None builds a small byte-level
     BPE, and vocab_size becomes its size. sparse: the layout's full headers and sizes over holes (all weights zero), for
-    tests of loading that take no disk. Raises InputError.
+    tests of loading that take no disk. Raises InputError, and CheckpointError for the tokenizer.
     """
-    if isinstance(layout, str) and layout not in LAYOUTS:
-        raise InputError(f"layout: expected one of {', '.join(LAYOUTS)}, found {layout!r}")
-    layout = LAYOUTS[layout] if isinstance(layout, str) else layout
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    tok = tokenizers.Tokenizer.from_file(str(tokenizer)) if tokenizer else small_tokenizer()
+    if isinstance(layout, str):
+        if layout not in LAYOUTS:
+            raise InputError(f"layout: expected one of {', '.join(LAYOUTS)}, found {layout!r}")
+        layout = LAYOUTS[layout]
+    tok = small_tokenizer() if tokenizer is None else Tokenizer(tokenizer).backend
     if not sparse and (tokenizer is None or layout.config.vocab_size == 0):
         layout = replace(layout, config=replace(layout.config, vocab_size=tok.get_vocab_size()))
-    eos = tok.token_to_id(prompts.EOS)
-    if eos is None:
-        raise InputError(f"{tokenizer}: expected a tokenizer with {prompts.EOS}, found none")
-    _write_config(directory, layout, eos)
-    _write_tokenizer(directory, layout, tok, Path(tokenizer) if tokenizer else None)
-    _write_weights(directory, layout, seed, sparse)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, data in _json_files(layout, tok).items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write_tokenizer(directory, layout, tok)
+    official = Path(tokenizer).with_name("tokenizer_config.json") if tokenizer else None
+    if official and official.exists():
+        shutil.copyfile(official, directory / official.name)
+    _write_weights(directory, layout, None if sparse else seed)
     return directory
 
 
-def _write_json(path: Path, data: object) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _write_config(directory: Path, layout: Layout, eos: int) -> None:
+def _json_files(layout: Layout, tok: tokenizers.Tokenizer) -> dict[str, Any]:
     numbers = asdict(layout.config)
-    numbers["torch_dtype"] = numbers.pop("dtype")
-    fixed = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "rope_scaling": None,
-        "use_sliding_window": False,
-        "sliding_window": None,
-        "bos_token_id": eos,
-        "eos_token_id": eos,
-        "pad_token_id": eos,
+    dtype = numbers.pop("dtype")
+    eos = tok.encode(prompts.EOS, add_special_tokens=False).ids[0]
+    ids = {"bos_token_id": eos, "eos_token_id": eos, "pad_token_id": eos}
+    fixed = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu", "torch_dtype": dtype}
+    unused = {"attention_bias": False, "attention_dropout": 0.0, "rope_scaling": None, "use_sliding_window": False}
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": False, "add_prefix_space": False}
+    settings |= {"eos_token": "<|im_end|>", "pad_token": prompts.EOS, "model_max_length": 131072}
+    files: dict[str, Any] = {
+        "config.json": {**fixed, **unused, **ids, **numbers},
+        "generation_config.json": ids,
+        "tokenizer_config.json": settings,
     }
-    _write_json(directory / "config.json", {**fixed, **numbers})
-    _write_json(directory / "generation_config.json", {"bos_token_id": eos, "eos_token_id": eos})
     if layout.kind == "embedding":
-        modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-        _write_json(
-            directory / "modules.json",
-            [
-                {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
-                for i, (path, name) in enumerate(modules)
-            ],
-        )
+        modules = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+        files["modules.json"] = [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
+            for i, (path, name) in enumerate(modules.items())
+        ]
         pooling = {"word_embedding_dimension": layout.config.hidden_size, "pooling_mode_lasttoken": True}
-        _write_json(directory / "1_Pooling" / "config.json", {**pooling, "include_prompt": True})
-        prompted = {"prompts": prompts.EMBEDDING_PROMPTS, "default_prompt_name": None, "similarity_fn_name": "cosine"}
-        _write_json(directory / "config_sentence_transformers.json", prompted)
+        files["1_Pooling/config.json"] = {**pooling, "include_prompt": True}
+        stored = {"prompts": prompts.EMBEDDING_PROMPTS, "default_prompt_name": None, "similarity_fn_name": "cosine"}
+        files["config_sentence_transformers.json"] = stored
+    return files
 
 
-# ---------------------------------------------------------------------------------------------------- weights
-
-
-def _write_weights(directory: Path, layout: Layout, seed: int, sparse: bool) -> None:
+def _write_weights(directory: Path, layout: Layout, seed: int | None) -> None:
+    """Each shard as a header and then tensor after tensor: constant memory at any size, holes where seed is None."""
+    reranker = layout.kind == "reranker"
     with torch.device("meta"):
-        head = layout.kind == "reranker" and not layout.config.tie_word_embeddings
-        model = Qwen3Model(layout.config, "reference", lm_head=head)
-    shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    prefix = {name: "" if layout.kind == "embedding" or name == "lm_head.weight" else "model." for name in shapes}
-    total = sum(int(np.prod(shape)) for shape in shapes.values())
-    shards: list[dict[str, tuple[int, ...]]] = [{} for _ in range(layout.shards)]
+        head = reranker and not layout.config.tie_word_embeddings
+        parameters = Qwen3Model(layout.config, "reference", lm_head=head).state_dict()
+    dtype = getattr(torch, layout.config.dtype or "float32")
+    code = next(key for key, value in DTYPES.items() if value == dtype)
+    total = sum(p.numel() for p in parameters.values())
+    shards: list[dict[str, Tensor]] = [{} for _ in range(layout.shards)]
     done = 0
-    for name, shape in shapes.items():
-        shards[min(done * layout.shards // total, layout.shards - 1)][name] = shape
-        done += int(np.prod(shape))
+    for name, parameter in parameters.items():
+        shards[done * layout.shards // total][name] = parameter
+        done += parameter.numel()
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = SINGLE if layout.shards == 1 else f"model-{number:05d}-of-{layout.shards:05d}.safetensors"
-        weight_map.update({prefix[name] + name: file for name in shard})
-        dtype = getattr(torch, layout.config.dtype or "float32")
-        tensors = ((prefix[name] + name, shape, name) for name, shape in shard.items())
-        _write_safetensors(directory / file, list(tensors), dtype, None if sparse else seed, layout.config)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, parameter in shard.items():
+            key = f"model.{name}" if reranker and name != "lm_head.weight" else name
+            start, end = end, end + parameter.numel() * dtype.itemsize
+            header[key] = {"dtype": code, "shape": list(parameter.shape), "data_offsets": [start, end]}
+            weight_map[key] = file
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (directory / file).open("wb") as out:
+            out.write(struct.pack("<Q", len(text)) + text)
+            if seed is None:
+                out.truncate(8 + len(text) + end)
+                continue
+            for name, parameter in shard.items():
+                weight = _weight(name, parameter.shape, seed, layout.config).to(dtype)
+                out.write(weight.view(torch.uint8).numpy().data)
     if layout.shards > 1:
-        _write_json(directory / INDEX, {"metadata": {"total_size": total * 2}, "weight_map": weight_map})
+        index = {"metadata": {"total_size": total * dtype.itemsize}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_safetensors(
-    path: Path,
-    tensors: list[tuple[str, tuple[int, ...], str]],
-    dtype: torch.dtype,
-    seed: int | None,
-    config: Qwen3Config,
-) -> None:
-    """Header, then each tensor as it is made: constant memory at any size, and holes where seed is None."""
-    names = {value: key for key, value in DTYPES.items()}
-    header, offset = {}, 0
-    for key, shape, _ in tensors:
-        end = offset + int(np.prod(shape)) * dtype.itemsize
-        header[key] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        if seed is None:
-            file.truncate(8 + len(text) + offset)
-            return
-        for _, shape, name in tensors:
-            weight = _weight(name, shape, seed, config).to(dtype)
-            file.write(weight.view(torch.uint8).numpy().tobytes())
-
-
-def _weight(name: str, shape: tuple[int, ...], seed: int, config: Qwen3Config) -> Tensor:
+def _weight(name: str, shape: torch.Size, seed: int, config: Qwen3Config) -> Tensor:
     """One tensor, from the seed and its name alone, so that no order of writing matters."""
     generator = torch.Generator().manual_seed(int.from_bytes(f"{seed} {name}".encode(), "little") % (2**63 - 25))
     if name.endswith(("q_norm.weight", "k_norm.weight")):
@@ -191,8 +171,6 @@ def _weight(name: str, shape: tuple[int, ...], seed: int, config: Qwen3Config) -
         scale *= 2 * residual * config.num_hidden_layers**-0.5
     return torch.randn(shape, generator=generator) * scale
 
-
-# -------------------------------------------------------------------------------------------------- tokenizer
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -231,27 +209,10 @@ def small_tokenizer() -> tokenizers.Tokenizer:
     return tok
 
 
-def _write_tokenizer(directory: Path, layout: Layout, tok: tokenizers.Tokenizer, source: Path | None) -> None:
+def _write_tokenizer(directory: Path, layout: Layout, tok: tokenizers.Tokenizer) -> None:
     if layout.kind == "embedding":  # the official embedding checkpoints append EOS in the post-processor
-        eos = (prompts.EOS, tok.token_to_id(prompts.EOS))
+        eos = (prompts.EOS, tok.encode(prompts.EOS, add_special_tokens=False).ids[0])
         append = processors.TemplateProcessing(single=f"$A {eos[0]}", special_tokens=[eos])
         tok.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), append])
     tok.save(str(directory / "tokenizer.json"))
-    model = json.loads(tok.to_str())["model"]
-    _write_json(directory / "vocab.json", model["vocab"])
-    merges = "\n".join(" ".join(pair) for pair in model["merges"])
-    (directory / "merges.txt").write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
-    official = source.with_name("tokenizer_config.json") if source else None
-    if official and official.exists():
-        shutil.copyfile(official, directory / "tokenizer_config.json")
-        return
-    settings = {
-        "tokenizer_class": "Qwen2Tokenizer",
-        "add_bos_token": False,
-        "add_prefix_space": False,
-        "eos_token": "<|im_end|>",
-        "pad_token": prompts.EOS,
-        "split_special_tokens": False,
-        "model_max_length": 131072,
-    }
-    _write_json(directory / "tokenizer_config.json", settings)
+    tok.model.save(str(directory))  # vocab.json, merges.txt
