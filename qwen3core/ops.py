@@ -39,8 +39,9 @@ class Ops:
         )
 
     def __repr__(self) -> str:
-        names = (getattr(self, field.name) for field in fields(self))
-        return f"Ops({', '.join(f'{f.__module__}.{f.__qualname__}' for f in names)})"
+        functions = {field.name: getattr(self, field.name) for field in fields(self)}
+        names = (f"{name}={f.__module__}.{getattr(f, '__qualname__', repr(f))}" for name, f in functions.items())
+        return f"Ops({', '.join(names)})"
 
 
 def resolve(ops: "Ops | str") -> Ops:
