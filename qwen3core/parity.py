@@ -30,7 +30,7 @@ from .weights.checkpoint import Tensors, as_device, as_dtype, find, open_model
 
 FP32_TOLERANCE = 1e-5
 """float32: largest relative difference of a layer, largest absolute one of vectors and scores. transformers' own
-left-padded batch differs from its single run by about 2e-6; the smallest planted mistake, a wrong eps, by 1e-4."""
+left-padded batch differs from its single run by about 2e-6; the smallest planted mistake, a wrong eps, by 3e-4."""
 
 LOW_PRECISION_RATIO = 1.5
 """bfloat16, float16: our error against float64, as a multiple of transformers' own. Where a row has few numbers

@@ -3,7 +3,7 @@
 from qwen3core.parity import FP32_TOLERANCE, LOW_PRECISION_RATIO
 
 # transformers, left-padded, float32: its own batch differs from its single run by about 2e-6 (positions shifted by
-# the padding are rounded differently); the smallest planted mistake (eps) moves the result by 1e-4.
+# the padding are rounded differently); the smallest planted mistake (eps) moves the result by 3e-4.
 EMBEDDING_FP32 = FP32_TOLERANCE
 SCORE_FP32 = FP32_TOLERANCE
 HIDDEN_FP32 = FP32_TOLERANCE  # relative to the largest value of the tensor, which is not of unit norm
