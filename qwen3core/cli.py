@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_, **__: f"qwen3core: {message}\n"
     try:
         return args.run(args)
+    except BrokenPipeError:  # the reader has gone, as head does: nothing more to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (Qwen3CoreError, OSError) as error:
         print(f"qwen3core: {error}", file=sys.stderr)
         return 2

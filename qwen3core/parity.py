@@ -1,4 +1,4 @@
-"""Layer-by-layer comparison with transformers: same texts, same checkpoint, and a float64 oracle to judge both.
+"""Comparison with transformers, ids and layer by layer: same texts, same checkpoint, a float64 oracle to judge both.
 
     report = parity("Qwen/Qwen3-Embedding-0.6B", dtype="bfloat16")
     print(report); assert report.ok
@@ -23,7 +23,7 @@ from .config import read_json
 from .errors import InputError
 from .hooks import capture
 from .ops import Ops
-from .prompts import DEFAULT_TASK, embedding_query, reranker_body
+from .prompts import DEFAULT_TASK, RERANKER_PREFIX, RERANKER_SUFFIX, embedding_query, reranker_body
 from .reranker import p_yes
 from .tokenizer import Tokenizer
 from .weights.checkpoint import Tensors, as_device, as_dtype, find, open_model
@@ -39,7 +39,7 @@ LOW_PRECISION_RATIO = 1.5
 
 @dataclass(frozen=True)
 class Row:
-    """One point, all errors over its whole tensor."""
+    """One point, all errors over its whole tensor; for ``token ids``, the number and share of texts that differ."""
 
     point: str
     max_abs: float
@@ -123,7 +123,10 @@ def parity(
         _ours(directory, batch, head, torch.float64, "reference"),
     ]
     title = f"{Path(path_or_id).name}, {dtype}, {len(sequences)} texts, {len(batch.input_ids)} tokens, {device.type}"
-    return Report(title, [_row(name, dtype, *(side[name] for side in sides)) for name in sides[0]])
+    theirs = _transformers_ids(directory, texts, reranker, max_length)
+    different = sum(a != b for a, b in zip(sequences, theirs, strict=True))
+    ids = Row("token ids", different, different / len(sequences), 0, 0, ok=different == 0)
+    return Report(title, [ids, *(_row(name, dtype, *(side[name] for side in sides)) for name in sides[0])])
 
 
 def _row(point: str, dtype: torch.dtype, theirs: Tensor, ours: Tensor, oracle: Tensor) -> Row:
@@ -153,6 +156,19 @@ def _ours(
     with torch.no_grad(), capture(model, "embed", "layers.*.resid_post", "final_norm") as acts:
         pooled = model.pool(model(batch), batch, normalize=head is None)
     return dict(acts) | ({"pooled": pooled} if head is None else {"score": p_yes(pooled, head.to(pooled.device))})
+
+
+def _transformers_ids(directory: Path, texts: Sequence[str], reranker: bool, max_length: int) -> list[list[int]]:
+    """The model cards' tokenisation."""
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+    if not reranker:
+        return tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
+    prefix, suffix = (tokenizer.encode(t, add_special_tokens=False) for t in (RERANKER_PREFIX, RERANKER_SUFFIX))
+    room = max_length - len(prefix) - len(suffix)
+    bodies = tokenizer(list(texts), truncation="longest_first", max_length=room)["input_ids"]
+    return [prefix + body + suffix for body in bodies]
 
 
 def _transformers(

@@ -4,6 +4,8 @@ The checks are functions of a checkpoint alone, so that test_mutations.py can pl
 """
 
 import functools
+import json
+import shutil
 
 import pytest
 import torch
@@ -145,9 +147,23 @@ def test_parity_report(request, kind, ops, dtype):
     report = parity(directory, dtype=dtype, ops=ops)
     assert report.ok, str(report)
     assert [row.point for row in report.rows] == [
+        "token ids",
         "embed",
         *(f"layers.{i}.resid_post" for i in range(4)),
         "final_norm",
         "pooled" if kind == "embedding" else "score",
     ]
-    assert all(0 < row.error_ours < 0.1 for row in report.rows[1:])
+    assert all(0 < row.error_ours < 0.1 for row in report.rows[2:])
+
+
+def test_parity_report_sees_wrong_ids(embedding_dir, tmp_path):
+    """A tokenizer.json that does not append EOS: transformers then pools another token, and the report says so."""
+    shutil.copytree(embedding_dir, tmp_path / "no-eos")
+    path = tmp_path / "no-eos" / "tokenizer.json"
+    data = json.loads(path.read_text("utf-8"))
+    data["post_processor"] = None
+    path.write_text(json.dumps(data), encoding="utf-8")
+    report = parity(tmp_path / "no-eos", dtype="float32", texts=["one", "two"])
+    assert [row.point for row in report.rows if not row.ok] == ["token ids"]
+    assert report.rows[0].max_abs == 2
+    assert not report.ok
