@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from . import prompts, samples
 from .embedder import Embedder
-from .errors import InputError, Qwen3CoreError
+from .errors import InputError, Qwen3CoreError, check_int
 from .parity import parity as compare
 from .pretrained import MAX_LENGTH, Pretrained
 from .reranker import Reranker
@@ -73,6 +73,8 @@ def embed(args: argparse.Namespace) -> int:
 
 
 def rerank(args: argparse.Namespace) -> int:
+    if args.top_k is not None:
+        check_int("top_k", args.top_k, 0)
     pairs = []
     for row, where in _read(args.inputs):
         if args.query is not None:
@@ -116,7 +118,7 @@ def inspect(args: argparse.Namespace) -> int:
 
     tokenizer = Tokenizer(directory / "tokenizer.json")
     tokenizer.check_vocabulary(model.config.vocab_size)
-    prefix, suffix = (tokenizer.content([text])[0] for text in (prompts.RERANKER_PREFIX, prompts.RERANKER_SUFFIX))
+    prefix, suffix = tokenizer.prefix, tokenizer.suffix
     plain = tokenizer.embedding(["gravity"], max_length=8192)[0]
     body = "gravity " * 40
     with warnings.catch_warnings():

@@ -8,6 +8,7 @@ in memory at a time on every side, so that an 8B checkpoint is compared within 2
 nothing else here does.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from .batch import PackedBatch, pack
 from .config import read_json
 from .errors import InputError
 from .hooks import capture
+from .model import Qwen3Model
 from .ops import Ops
 from .prompts import DEFAULT_TASK, RERANKER_PREFIX, RERANKER_SUFFIX, embedding_query, reranker_body
 from .reranker import p_yes
@@ -101,7 +103,7 @@ def parity(
     if kind not in ("embedding", "reranker"):
         raise InputError(f"kind: expected auto, embedding or reranker, found {kind!r}")
     reranker = kind == "reranker"
-    model, tensors = open_model(directory, head=reranker)
+    model, tensors = open_model(directory, ops=ops, head=reranker)
     dtype = as_dtype(dtype, model, tensors)
     device = as_device(device)
     tokenizer = Tokenizer(directory / "tokenizer.json")
@@ -117,10 +119,12 @@ def parity(
         sequences = tokenizer.embedding(texts, max_length)
     batch = pack(sequences, device=device)
 
+    oracle = copy.deepcopy(model)
+    oracle.ops = Ops.reference()
     sides = [
         _transformers(directory, tensors, sequences, head, dtype, device),
-        _ours(directory, batch, head, dtype, ops),
-        _ours(directory, batch, head, torch.float64, "reference"),
+        _ours(model, tensors, batch, head, dtype),
+        _ours(oracle, tensors, batch, head, torch.float64),
     ]
     title = f"{Path(path_or_id).name}, {dtype}, {len(sequences)} texts, {len(batch.input_ids)} tokens, {device.type}"
     theirs = _transformers_ids(directory, texts, reranker, max_length)
@@ -149,9 +153,8 @@ def _row(point: str, dtype: torch.dtype, theirs: Tensor, ours: Tensor, oracle: T
 
 
 def _ours(
-    directory: Path, batch: PackedBatch, head: Tensor | None, dtype: torch.dtype, ops: str | Ops
+    model: Qwen3Model, tensors: Tensors, batch: PackedBatch, head: Tensor | None, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    model, tensors = open_model(directory, ops=ops)
     _stream(model, tensors, dtype, batch.input_ids.device)
     with torch.no_grad(), capture(model, "embed", "layers.*.resid_post", "final_norm") as acts:
         pooled = model.pool(model(batch), batch, normalize=head is None)

@@ -44,7 +44,7 @@ class Reranker(Pretrained):
             query, document = pair
             for role, text in (("query", query), ("document", document)):
                 check_text(f"pair {index}: {role}", text)
-            bodies.append(reranker_body(task, str(query), str(document)))
+            bodies.append(reranker_body(task, query, document))
         pooled = self.pooled(
             self.tokenizer.reranking(bodies, self.max_length),
             normalize=False,

@@ -40,7 +40,7 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.backend.encode_special_tokens = False
         self.eos = self._single(prompts.EOS)
-        self._prefix, self._suffix = self._encode([prompts.RERANKER_PREFIX, prompts.RERANKER_SUFFIX])
+        self.prefix, self.suffix = self._encode([prompts.RERANKER_PREFIX, prompts.RERANKER_SUFFIX])
         # Once and for all, after the templates: threads share the backend.
         self.backend.encode_special_tokens = split_special_tokens
 
@@ -72,7 +72,7 @@ class Tokenizer:
                 f"{special} of {len(contents)} inputs contain special tokens such as <|im_end|>, which can close the "
                 "template early; pass split_special_tokens=True to from_pretrained to read them as plain text"
             )
-        return self._truncate(contents, self._prefix, self._suffix, max_length)
+        return self._truncate(contents, self.prefix, self.suffix, max_length)
 
     def yes_no(self) -> tuple[int, int]:
         """Ids of the two answers. Raises CheckpointError where one is not a single token."""

@@ -134,6 +134,10 @@ def test_synthesize(tmp_path, capsys):
         (["embed", "{tmp}/absent", "x"], "absent: expected a checkpoint directory or a hub id"),
         (["embed", "{model}", "x", "--dim", "65"], "truncate_dim: expected an integer from 1 to 64, found 65"),
         (["embed", "{model}", "x y z", "--batch-tokens", "1"], "batch_tokens: expected at least"),
+        (
+            ["rerank", "{model}", "x", "--query", "q", "--top-k", "-1"],
+            "top_k: expected an integer of at least 0, found -1",
+        ),
         (["rerank", "{model}", "no query"], "argument 'no query': expected --query, or .jsonl rows with query"),
         (["rerank", "{model}", "{tmp}/half.jsonl"], "half.jsonl, line 1: expected a text, or an object"),
     ],
