@@ -1,0 +1,169 @@
+"""Compile every kernel and configuration ahead of time, no GPU needed: registers, spills, shared memory.
+
+    python bench/compiled.py [--target sm_90 ...] [--kernel attention ...] [--defaults] [--json FILE]
+
+What is compiled is what the launchers launch: they run on small CPU tensors with the sizes of the official models, in
+bfloat16, while Triton is told that the target is there; each launch stops after compilation. A spill is bytes of stack
+(NVIDIA) or registers (AMD); "tensor" counts tensor-core instructions (HGMMA, UTCHMMA, HMMA, v_mfma).
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from qwen3core.kernels import attention, launch, pooling, qk_norm_rope, rms_norm, swiglu
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+"""Bytes for one block: CUDA programming guide, technical specifications; CDNA 3 instruction set, LDS."""
+KERNELS = ("attention", "rms_norm", "qk_norm_rope", "swiglu", "pooling")
+FAMILIES = {"sm_80": "cuda", "sm_90": "hopper", "sm_100": "hopper", "gfx942": "hip"}
+# Heads (query, key) and hidden sizes: 0.6B, 8B
+SIZES = {"0.6B": (16, 8, 1024, 3072), "8B": (32, 8, 4096, 12288)}
+
+
+class Pretender:
+    """A driver that says the target is the current device."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def get_current_target(self):
+        return TARGETS[self.name]
+
+    def get_current_device(self):
+        return self.name  # what is compiled is cached by device
+
+    def get_current_stream(self, device):
+        return 0
+
+
+@contextmanager
+def compiling(target, compiled):
+    """Within, a launch compiles for ``target``, appends the result to the list ``compiled``, and does not run."""
+    run, runnable = JITFunction.run, launch.require_runnable
+
+    def compile_only(self, *args, **options):
+        compiled.append(run(self, *args, **(options | {"warmup": True})))
+
+    driver.set_active(Pretender(target))
+    JITFunction.run, launch.require_runnable = compile_only, lambda op, x: None
+    try:
+        yield
+    finally:
+        JITFunction.run, launch.require_runnable = run, runnable
+
+
+def cases(target, size):
+    """(kernel's file, default?, launch) of all that is to be compiled, defaults first."""
+    hq, hkv, hidden, inner = SIZES[size]
+    q, k = (torch.empty(64, heads, 128, dtype=torch.bfloat16) for heads in (hq, hkv))
+    x, gate = (torch.empty(64, width, dtype=torch.bfloat16) for width in (hidden, inner))
+    w, head_w, cos, lse = x[0], q[0, 0], q[:, 0].contiguous(), torch.empty(64, hq)
+    cu = torch.tensor([0, 32, 64], dtype=torch.int32)
+    saved, turned = (q, lse, q, k, k, q, lse, cu, cu, True), (q, k, head_w, head_w, 1e-6, cos, cos)
+
+    def launches(file, configs, *functions):
+        for config in configs:
+            for function in functions:
+                yield file, config == configs[0], partial(function, config=config)
+
+    forward, dq, dkdv = (attention.CONFIGS[name][FAMILIES[target]] for name in ("forward", "dq", "dkdv"))
+    yield from launches("attention", forward, partial(attention.attention, q, k, k, cu, cu, 32, 32))
+    yield from launches("attention", dq, lambda config: attention.attention_backward(*saved, config, dkdv[0]))
+    yield from launches("attention", dkdv, lambda config: attention.attention_backward(*saved, dq[0], config))
+    rows, added = partial(rms_norm.rms_norm, x, w, 1e-6), partial(rms_norm.add_rms_norm, x, w, 1e-6, x)
+    yield from launches("rms_norm", rms_norm.CONFIGS, rows, added)
+    yield "rms_norm", True, partial(rms_norm.rms_norm_backward, x, None, x, w, 1e-6)
+    yield "rms_norm", True, partial(rms_norm.rms_norm_backward, x, x, x, w, 1e-6)
+    yield from launches("qk_norm_rope", qk_norm_rope.CONFIGS, partial(qk_norm_rope.qk_norm_rope, *turned))
+    yield "qk_norm_rope", True, partial(qk_norm_rope.qk_norm_rope_backward, q, k, *turned)
+    yield from launches("swiglu", swiglu.CONFIGS, partial(swiglu.swiglu, gate, gate))
+    yield "swiglu", True, partial(swiglu.swiglu_backward, gate, gate, gate)
+    last, mean = (partial(pooling.norm_pool, x, w, 1e-6, cu, 256, True, mean=mean) for mean in (False, True))
+    score = partial(pooling.norm_score, x, w, 1e-6, cu, w.float())
+    yield from launches("pooling", pooling.CONFIGS, last, mean, score)
+
+
+def usage(kernel):
+    """Registers, spill and tensor-core instructions of a compiled kernel."""
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        counts = {name: int(re.search(rf"\.{name}:\s*(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count")}
+        return {
+            "registers": counts["vgpr_count"],
+            "spill": counts["vgpr_spill_count"],
+            "tensor": f"{text.count('v_mfma')} v_mfma",
+        }
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, spill = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
+    tensor = re.findall(r"\b(HGMMA|UTCHMMA|HMMA)\b", kernel.asm["sass"])
+    return {"registers": registers, "spill": spill, "tensor": f"{len(tensor)} {' '.join(sorted(set(tensor)))}"}
+
+
+def configuration(kernel):
+    """The block sizes among a compiled kernel's constants, its warps and stages."""
+    constants = {kernel.src.fn.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
+    blocks = [f"{name}={value}" for name, value in constants.items() if name.startswith(("BLOCK", "ROWS"))]
+    return " ".join([*blocks, f"warps={kernel.metadata.num_warps}", f"stages={kernel.metadata.num_stages}"])
+
+
+def table(targets=tuple(TARGETS), kernels=KERNELS, defaults=False):
+    """One row for each compiled kernel; with ``defaults`` of the default configurations only."""
+    seen = set()
+    for target in targets:
+        for size in SIZES:
+            for file, default, run in cases(target, size):
+                compiled = []
+                if file in kernels and (default or not defaults):
+                    with compiling(target, compiled):
+                        run()
+                for kernel in (k for k in compiled if k.hash not in seen):
+                    seen.add(kernel.hash)
+                    row = {"target": target, "model": size, "kernel": kernel.name, "default": default}
+                    row |= {"config": configuration(kernel), **usage(kernel)}
+                    yield row | {"shared": kernel.metadata.shared, "of": SHARED_MEMORY[target]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=tuple(TARGETS))
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--defaults", action="store_true", help="the default configurations only")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there, too")
+    args = parser.parse_args()
+    rows = []
+    for row in table(args.target, args.kernel, args.defaults):
+        if not rows:
+            print("| " + " | ".join(row) + " |\n" + "|---" * len(row) + "|")
+        print("| " + " | ".join(str(value) for value in row.values()) + " |", flush=True)
+        rows.append(row)
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

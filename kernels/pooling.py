@@ -1,0 +1,172 @@
+"""What the two jobs need of the last hidden states, in one pass over the rows that count: no [T, H] norm, no copies.
+
+    norm_pool    y = rms_norm(x[last token]), cut to dim, over max(|y|, 1e-12) where normalised        the embedding
+    norm_score   sigmoid(rms_norm(x[last token]) . direction), direction = w_yes - w_no                the reranker
+
+With ``mean`` the first takes the mean of rms_norm over the sequence's tokens in place of its last. y has the rounding
+of the specification (x's dtype after the norm); mean, length, dot and result are float32. The backward is a few rows
+in plain PyTorch, then RMSNorm's backward kernel.
+
+Bytes for N sequences, in b-byte elements: N H b in (T H b for the mean), 4 N dim out. Cut before normalising:
+Matryoshka representation learning, arXiv:2205.13147. Two rows of the head in place of 151,669: the model card.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from qwen3core.errors import InputError
+
+from .launch import check, check_cu_seqlens, launch
+from .rms_norm import normed, rms_norm, rms_norm_backward
+
+CONFIGS = ((4,), (8,), (2,))  # (warps,); the first is the default
+MEAN_ROWS = 4
+"""Rows at a time, of the mean."""
+
+
+@triton.jit
+def pooled_row(x, stride, weight, cu_seqlens, n, eps, MEAN: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr,
+               BLOCK_H: tl.constexpr):  # fmt: skip
+    """rms_norm of sequence n's last row, or the mean of rms_norm of all its rows; [BLOCK_H] float32, zero beyond H."""
+    column = tl.arange(0, BLOCK_H)
+    w = tl.load(weight + column, mask=column < H, other=0.0)
+    end = tl.load(cu_seqlens + n + 1)
+    start = tl.load(cu_seqlens + n) if MEAN else end - 1
+    total = tl.zeros((BLOCK_H,), tl.float32)
+    for first in tl.range(start, end, ROWS):
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        rows = tl.load(x + row * stride + column[None, :], mask=(row < end) & (column < H)[None, :], other=0.0)
+        total += tl.sum(normed(rows, w, eps, H)[0], axis=0)
+    return total / (end - start)
+
+
+@triton.jit
+def norm_pool_kernel(x, stride, weight, cu_seqlens, out, norms, dim, eps, NORMALIZE: tl.constexpr, MEAN: tl.constexpr,
+                     H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_H)
+    row = pooled_row(x, stride, weight, cu_seqlens, n, eps, MEAN, H, ROWS, BLOCK_H)
+    row = tl.where(column < dim, row, 0.0)
+    norm = tl.maximum(tl.sqrt(tl.sum(row * row)), 1e-12) if NORMALIZE else 1.0
+    tl.store(out + n * dim + column, row / norm, mask=column < dim)
+    tl.store(norms + n, norm)
+
+
+@triton.jit
+def norm_score_kernel(x, stride, weight, cu_seqlens, direction, out, eps, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    n = tl.program_id(0)
+    column = tl.arange(0, BLOCK_H)
+    row = pooled_row(x, stride, weight, cu_seqlens, n, eps, False, H, 1, BLOCK_H)
+    logit = tl.sum(row * tl.load(direction + column, mask=column < H, other=0.0))
+    tl.store(out + n, tl.sigmoid(logit))
+
+
+def norm_pool(
+    x: Tensor, weight: Tensor, eps: float, cu_seqlens: Tensor, dim: int, normalize: bool, *, mean: bool = False,
+    debug: bool = False, config: Sequence[int] = CONFIGS[0],
+) -> Tensor:  # fmt: skip
+    """x [T, H] before the final norm, its weight [H], cu_seqlens [N + 1] int32: rows [N, dim] float32.
+
+    ``debug`` reads cu_seqlens and checks them, for which a GPU must be waited for. Raises InputError.
+    """
+    return _pool(x, weight, eps, cu_seqlens, dim, normalize, mean, debug, config)[0]
+
+
+def norm_score(
+    x: Tensor, weight: Tensor, eps: float, cu_seqlens: Tensor, direction: Tensor, *, debug: bool = False,
+    config: Sequence[int] = CONFIGS[0],
+) -> Tensor:  # fmt: skip
+    """x [T, H] before the final norm, its weight [H], direction [H] float32: P(yes) [N] float32; else as above."""
+    return _score(x, weight, eps, cu_seqlens, direction, debug, config)
+
+
+@torch.library.custom_op("qwen3core::norm_pool", mutates_args=())
+def _pool(
+    x: Tensor, weight: Tensor, eps: float, cu_seqlens: Tensor, dim: int, normalize: bool, mean: bool, debug: bool,
+    config: Sequence[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check("norm_pool", x, weight, eps, cu_seqlens, debug)
+    if not 1 <= dim <= x.shape[1]:
+        raise InputError(f"norm_pool: dim: expected 1 to {x.shape[1]}, found {dim}")
+    out, norms = _pool_fake(x, weight, eps, cu_seqlens, dim)
+    launch(norm_pool_kernel, norms.shape, x, x.stride(0), weight, cu_seqlens, out, norms, dim, eps, normalize, mean,
+           x.shape[1], MEAN_ROWS if mean else 1, triton.next_power_of_2(x.shape[1]), num_warps=config[0])  # fmt: skip
+    return out, norms
+
+
+@_pool.register_fake
+def _pool_fake(x: Tensor, weight: Tensor, eps: float, cu_seqlens: Tensor, dim: int, *_: Any) -> tuple[Tensor, Tensor]:
+    N = cu_seqlens.shape[0] - 1
+    return x.new_empty(N, dim, dtype=torch.float32), x.new_empty(N, dtype=torch.float32)
+
+
+@torch.library.custom_op("qwen3core::norm_score", mutates_args=())
+def _score(
+    x: Tensor, weight: Tensor, eps: float, cu_seqlens: Tensor, direction: Tensor, debug: bool, config: Sequence[int]
+) -> Tensor:
+    _check("norm_score", x, weight, eps, cu_seqlens, debug)
+    if direction.shape != weight.shape or direction.dtype != torch.float32 or direction.device != x.device:
+        found = f"{list(direction.shape)} {direction.dtype} on {direction.device}"
+        raise InputError(f"norm_score: direction: expected {list(weight.shape)} float32 on {x.device}, found {found}")
+    out = _score_fake(x, weight, eps, cu_seqlens)
+    launch(norm_score_kernel, out.shape, x, x.stride(0), weight, cu_seqlens, direction.contiguous(), out, eps,
+           x.shape[1], triton.next_power_of_2(x.shape[1]), num_warps=config[0])  # fmt: skip
+    return out
+
+
+@_score.register_fake
+def _score_fake(x: Tensor, weight: Tensor, eps: float, cu_seqlens: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(cu_seqlens.shape[0] - 1, dtype=torch.float32)
+
+
+def _check(op: str, x: Tensor, weight: Tensor, eps: float, cu_seqlens: Tensor, debug: bool) -> None:
+    check(op, eps=eps, x=(x, "T H"), weight=(weight, "H"))
+    check_cu_seqlens(op, "cu_seqlens", cu_seqlens, x, 1, debug)
+
+
+def _pool_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, weight, ctx.eps, cu_seqlens, ctx.dim, ctx.normalize, ctx.mean, *_ = inputs
+    ctx.save_for_backward(x, weight, cu_seqlens, *output)
+
+
+def _pool_autograd(ctx: Any, dout: Tensor, _: Tensor) -> tuple:
+    x, weight, cu_seqlens, out, norms = ctx.saved_tensors
+    if ctx.normalize:
+        dout = (dout - out * (out * dout).sum(1, keepdim=True)) / norms[:, None]
+    dy = F.pad(dout, (0, x.shape[1] - ctx.dim))
+    if ctx.mean:
+        lengths = cu_seqlens.diff()
+        dy = (dy / lengths[:, None]).repeat_interleave(lengths, dim=0, output_size=x.shape[0])
+        dx, dw = rms_norm_backward(dy, None, x, weight, ctx.eps)
+    else:
+        dx, dw = _last_rows_backward(dy, x, weight, ctx.eps, cu_seqlens)
+    return dx, dw, *[None] * 7
+
+
+def _last_rows_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    last = cu_seqlens[1:].long() - 1
+    rows, dw = rms_norm_backward(dy, None, x[last], weight, eps)
+    return torch.zeros_like(x).index_copy(0, last, rows), dw
+
+
+def _score_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, weight, ctx.eps, cu_seqlens, direction, *_ = inputs
+    ctx.save_for_backward(x, weight, cu_seqlens, direction, output)
+
+
+def _score_autograd(ctx: Any, dout: Tensor) -> tuple:
+    x, weight, cu_seqlens, direction, out = ctx.saved_tensors
+    dlogit = (dout * out * (1 - out))[:, None]
+    dx, dw = _last_rows_backward(dlogit * direction, x, weight, ctx.eps, cu_seqlens)
+    y = rms_norm(x[cu_seqlens[1:].long() - 1], weight, ctx.eps)
+    return dx, dw, None, None, (dlogit * y).sum(0), None, None
+
+
+_pool.register_autograd(_pool_autograd, setup_context=_pool_setup)
+_score.register_autograd(_score_autograd, setup_context=_score_setup)

@@ -1,0 +1,228 @@
+"""QK-norm and RoPE in one pass over q and k, forward and backward.
+
+    y = w * cast(x * r)                     r = 1 / sqrt(mean(x^2) + eps), per token and head
+    out = (y1 * cos1 - y2 * sin1, y2 * cos2 + y1 * sin2)           1, 2: the halves of D, which RoPE pairs
+
+y is rounded to x's dtype before and after the weight, as the specification does; the rotation is float32 and rounded
+once, where the specification rounds three times. The gradient rotates back, then is that of RMSNorm:
+
+    dy = (d1 * cos1 + d2 * sin2, d2 * cos2 - d1 * sin1)            dw = sum over tokens and heads of dy * cast(x * r)
+    dx = r * (dy * w - n * mean(dy * w * n)), n = x * r
+
+One program takes all heads of a token. dw is summed by program, then over programs: deterministic. Bytes, in b-byte
+elements: forward 2 T (Hq + Hkv) D b, backward 3 T (Hq + Hkv) D b, and 2 T D b of cos and sin; about 10 and 25 FLOPs per
+element: memory decides. Sources: RoPE arXiv:2104.09864; both in one pass as in vLLM's fused_qk_norm_rope.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qwen3core.errors import InputError
+
+from .launch import check, launch
+
+# (warps,); the first is the default
+CONFIGS = ((4,), (2,), (8,))
+PROGRAMS = 512
+"""Of the backward: as many partial sums of dw."""
+
+
+@triton.jit
+def halves(HEADS: tl.constexpr, D: tl.constexpr, BLOCK_HEADS: tl.constexpr, strides):
+    """Offsets of the first half of each head [BLOCK_HEADS, D / 2], and the mask."""
+    head = tl.arange(0, BLOCK_HEADS)[:, None]
+    return head * strides[1] + tl.arange(0, D // 2)[None, :], head < HEADS
+
+
+@triton.jit
+def angles(cos, sin, token, D: tl.constexpr):
+    """cos1, cos2, sin1, sin2 of one token, [1, D / 2] float32 each."""
+    at = token * D + tl.arange(0, D // 2)[None, :]
+    half: tl.constexpr = D // 2
+    return (tl.load(cos + at).to(tl.float32), tl.load(cos + at + half).to(tl.float32),
+            tl.load(sin + at).to(tl.float32), tl.load(sin + at + half).to(tl.float32))  # fmt: skip
+
+
+@triton.jit
+def scaled(x1, x2, eps, D: tl.constexpr):
+    """(n1, n2, r): x * r by halves and r [heads, 1], float32."""
+    x1, x2 = x1.to(tl.float32), x2.to(tl.float32)
+    r = tl.rsqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / D + eps)[:, None]
+    return x1 * r, x2 * r, r
+
+
+@triton.jit
+def rotate(x, strides, out, out_strides, weight, token, cos1, cos2, sin1, sin2, eps,
+           HEADS: tl.constexpr, D: tl.constexpr, BLOCK_HEADS: tl.constexpr):  # fmt: skip
+    """All heads of one token."""
+    half: tl.constexpr = D // 2
+    at, mask = halves(HEADS, D, BLOCK_HEADS, strides)
+    at += token * strides[0]
+    x1 = tl.load(x + at, mask=mask, other=0.0)
+    x2 = tl.load(x + at + half, mask=mask, other=0.0)
+    n1, n2, _ = scaled(x1, x2, eps, D)
+    column = tl.arange(0, half)[None, :]
+    y1 = n1.to(x1.dtype).to(tl.float32) * tl.load(weight + column).to(tl.float32)
+    y2 = n2.to(x2.dtype).to(tl.float32) * tl.load(weight + half + column).to(tl.float32)
+    y1 = y1.to(x1.dtype).to(tl.float32)
+    y2 = y2.to(x2.dtype).to(tl.float32)
+    at, _ = halves(HEADS, D, BLOCK_HEADS, out_strides)
+    at += token * out_strides[0]
+    tl.store(out + at, y1 * cos1 - y2 * sin1, mask=mask)
+    tl.store(out + at + half, y2 * cos2 + y1 * sin2, mask=mask)
+
+
+@triton.jit
+def qk_norm_rope_kernel(q, q_strides, q_out, q_out_strides, q_weight, k, k_strides, k_out, k_out_strides, k_weight,
+                        cos, sin, eps, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
+                        BLOCK_HQ: tl.constexpr, BLOCK_HKV: tl.constexpr):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    cos1, cos2, sin1, sin2 = angles(cos, sin, token, D)
+    rotate(q, q_strides, q_out, q_out_strides, q_weight, token, cos1, cos2, sin1, sin2, eps, HQ, D, BLOCK_HQ)
+    rotate(k, k_strides, k_out, k_out_strides, k_weight, token, cos1, cos2, sin1, sin2, eps, HKV, D, BLOCK_HKV)
+
+
+@triton.jit
+def rotate_back(dout, x, strides, dx, weight, token, cos1, cos2, sin1, sin2, eps,
+                HEADS: tl.constexpr, D: tl.constexpr, BLOCK_HEADS: tl.constexpr):  # fmt: skip
+    """Writes dx of one token's heads, from contiguous dout; returns this token's part of dw, by halves [D / 2]."""
+    half: tl.constexpr = D // 2
+    at, mask = halves(HEADS, D, BLOCK_HEADS, strides)
+    at += token * strides[0]
+    x1 = tl.load(x + at, mask=mask, other=0.0)
+    x2 = tl.load(x + at + half, mask=mask, other=0.0)
+    n1, n2, r = scaled(x1, x2, eps, D)
+    at, _ = halves(HEADS, D, BLOCK_HEADS, (HEADS * D, D))
+    at += token * HEADS * D
+    d1 = tl.load(dout + at, mask=mask, other=0.0).to(tl.float32)
+    d2 = tl.load(dout + at + half, mask=mask, other=0.0).to(tl.float32)
+    dy1 = d1 * cos1 + d2 * sin2
+    dy2 = d2 * cos2 - d1 * sin1
+    column = tl.arange(0, half)[None, :]
+    g1 = dy1 * tl.load(weight + column).to(tl.float32)
+    g2 = dy2 * tl.load(weight + half + column).to(tl.float32)
+    mean = ((tl.sum(g1 * n1, axis=1) + tl.sum(g2 * n2, axis=1)) / D)[:, None]
+    tl.store(dx + at, r * (g1 - n1 * mean), mask=mask)
+    tl.store(dx + at + half, r * (g2 - n2 * mean), mask=mask)
+    dw1 = tl.sum(dy1 * n1.to(x1.dtype).to(tl.float32), axis=0)
+    return dw1, tl.sum(dy2 * n2.to(x2.dtype).to(tl.float32), axis=0)
+
+
+@triton.jit
+def qk_norm_rope_backward_kernel(dq_out, q, q_strides, dq, q_weight, dk_out, k, k_strides, dk, k_weight, cos, sin, dw,
+                                 T, eps, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
+                                 BLOCK_HQ: tl.constexpr, BLOCK_HKV: tl.constexpr):  # fmt: skip
+    half: tl.constexpr = D // 2
+    q1 = tl.zeros((half,), tl.float32)
+    q2, k1, k2 = q1, q1, q1
+    for step in tl.range(0, tl.cdiv(T - tl.program_id(0), tl.num_programs(0))):
+        token = tl.program_id(0).to(tl.int64) + step * tl.num_programs(0)
+        cos1, cos2, sin1, sin2 = angles(cos, sin, token, D)
+        dw1, dw2 = rotate_back(dq_out, q, q_strides, dq, q_weight, token, cos1, cos2, sin1, sin2, eps, HQ, D, BLOCK_HQ)
+        q1 += dw1
+        q2 += dw2
+        dw1, dw2 = rotate_back(
+            dk_out, k, k_strides, dk, k_weight, token, cos1, cos2, sin1, sin2, eps, HKV, D, BLOCK_HKV
+        )
+        k1 += dw1
+        k2 += dw2
+    at = dw + tl.program_id(0) * 2 * D + tl.arange(0, half)
+    tl.store(at, q1)
+    tl.store(at + half, q2)
+    tl.store(at + D, k1)
+    tl.store(at + D + half, k2)
+
+
+def qk_norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos: Tensor, sin: Tensor,
+    *, config: Sequence[int] = CONFIGS[0],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """q [T, Hq, D] and k [T, Hkv, D], strided but along D, weights [D], cos and sin [T, D], one dtype: both turned.
+
+    New contiguous tensors. cos and sin get no gradient: InputError where one is asked.
+    """
+    if cos.requires_grad or sin.requires_grad:
+        raise InputError("qk_norm_rope: cos, sin: expected constants, found requires_grad")
+    return _forward(q, k, q_weight, k_weight, eps, cos, sin, config)
+
+
+@torch.library.custom_op("qwen3core::qk_norm_rope_", mutates_args=("q", "k"))
+def qk_norm_rope_(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos: Tensor, sin: Tensor
+) -> None:
+    """``qk_norm_rope`` in place, without gradient."""
+    _launch(q, k, q_weight, k_weight, eps, cos, sin, q, k, CONFIGS[0])
+
+
+@torch.library.custom_op("qwen3core::qk_norm_rope", mutates_args=())
+def _forward(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos: Tensor, sin: Tensor,
+    config: Sequence[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
+    _launch(q, k, q_weight, k_weight, eps, cos, sin, q_out, k_out, config)
+    return q_out, k_out
+
+
+@_forward.register_fake
+def _forward_fake(q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _launch(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos: Tensor, sin: Tensor,
+    q_out: Tensor, k_out: Tensor, config: Sequence[int],
+) -> None:  # fmt: skip
+    check("qk_norm_rope", eps=eps, q=(q, "T Hq D"), k=(k, "T Hkv D"), q_weight=(q_weight, "D"),
+          k_weight=(k_weight, "D"), cos=(cos, "T D"), sin=(sin, "T D"))  # fmt: skip
+    if q.shape[2] & (q.shape[2] - 1) or q.shape[2] < 2:
+        raise InputError(f"qk_norm_rope: D: expected a power of two, found {q.shape[2]}")
+    launch(qk_norm_rope_kernel, q.shape[:1], q, q.stride(), q_out, q_out.stride(), q_weight, k, k.stride(), k_out,
+           k_out.stride(), k_weight, cos.contiguous(), sin.contiguous(), eps=eps, **_sizes(q, k, config))  # fmt: skip
+
+
+@torch.library.custom_op("qwen3core::qk_norm_rope_backward", mutates_args=())
+def qk_norm_rope_backward(
+    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dq_weight, dk_weight = _backward_fake(dq_out, dk_out, q, k, q_weight, k_weight)
+    T, _, D = q.shape
+    programs = min(T, PROGRAMS)
+    partial = q.new_empty(programs, 2, D, dtype=torch.float32)
+    launch(qk_norm_rope_backward_kernel, (programs,), dq_out.contiguous(), q, q.stride(), dq, q_weight,
+           dk_out.contiguous(), k, k.stride(), dk, k_weight, cos.contiguous(), sin.contiguous(), partial, T, eps=eps,
+           **_sizes(q, k, CONFIGS[0]))  # fmt: skip
+    weights = partial.sum(0)
+    return dq, dk, dq_weight.copy_(weights[0]), dk_weight.copy_(weights[1])
+
+
+@qk_norm_rope_backward.register_fake
+def _backward_fake(
+    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), torch.empty_like(q_weight), torch.empty_like(k_weight)
+
+
+def _sizes(q: Tensor, k: Tensor, config: Sequence[int]) -> dict[str, int]:
+    _, hq, D = q.shape
+    blocks = {"BLOCK_HQ": triton.next_power_of_2(hq), "BLOCK_HKV": triton.next_power_of_2(k.shape[1])}
+    return {"HQ": hq, "HKV": k.shape[1], "D": D, **blocks, "num_warps": config[0]}
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q, k, q_weight, k_weight, ctx.eps, cos, sin, _ = inputs
+    ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
+
+
+def _autograd(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple:
+    *tensors, cos, sin = ctx.saved_tensors
+    return *qk_norm_rope_backward(dq_out, dk_out, *tensors, ctx.eps, cos, sin), None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup)

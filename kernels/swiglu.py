@@ -1,0 +1,95 @@
+"""SwiGLU's product, forward and backward, one pass each.
+
+    y = cast(silu(gate)) * up             silu(g) = g * s, s = 1 / (1 + exp(-g))
+    dup = dy * cast(silu(gate))           dgate = dy * up * s * (1 + g * (1 - s))
+
+``cast`` rounds to gate's dtype, as the specification does; all else is float32. Bytes for [T, I] in b-byte elements:
+forward 3 T I b, backward 5 T I b; FLOPs about 5 and 10 per element: memory decides. gate and up may be the two halves
+of one matmul's output. Source: arXiv:2002.05202.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import check, launch
+
+# (elements of a program, warps); the first is the default
+CONFIGS = ((2048, 4), (4096, 8), (1024, 4), (4096, 4))
+
+
+@triton.jit
+def tile_of(width, stride_gate, stride_up, BLOCK: tl.constexpr):
+    """This program's part of one row: offsets into gate, up and a contiguous tensor, and the mask."""
+    blocks = tl.cdiv(width, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    return row * stride_gate + column, row * stride_up + column, row * width + column, column < width
+
+
+@triton.jit
+def swiglu_kernel(gate, up, y, width, stride_gate, stride_up, BLOCK: tl.constexpr):
+    at_gate, at_up, packed, mask = tile_of(width, stride_gate, stride_up, BLOCK)
+    g = tl.load(gate + at_gate, mask=mask).to(tl.float32)
+    u = tl.load(up + at_up, mask=mask).to(tl.float32)
+    silu = (g * tl.sigmoid(g)).to(y.dtype.element_ty).to(tl.float32)
+    tl.store(y + packed, silu * u, mask=mask)
+
+
+@triton.jit
+def swiglu_backward_kernel(dy, gate, up, dgate, dup, width, stride_gate, stride_up, BLOCK: tl.constexpr):
+    at_gate, at_up, packed, mask = tile_of(width, stride_gate, stride_up, BLOCK)
+    d = tl.load(dy + packed, mask=mask).to(tl.float32)
+    g = tl.load(gate + at_gate, mask=mask).to(tl.float32)
+    u = tl.load(up + at_up, mask=mask).to(tl.float32)
+    s = tl.sigmoid(g)
+    silu = (g * s).to(dup.dtype.element_ty).to(tl.float32)
+    tl.store(dgate + packed, d * u * s * (1 + g * (1 - s)), mask=mask)
+    tl.store(dup + packed, d * silu, mask=mask)
+
+
+def swiglu(gate: Tensor, up: Tensor, *, config: Sequence[int] = CONFIGS[0]) -> Tensor:
+    """gate, up [T, I], rows strided at will, same dtype: silu(gate) * up [T, I], contiguous."""
+    return _forward(gate, up, config)
+
+
+@torch.library.custom_op("qwen3core::swiglu", mutates_args=())
+def _forward(gate: Tensor, up: Tensor, config: Sequence[int]) -> Tensor:
+    check("swiglu", gate=(gate, "T I"), up=(up, "T I"))
+    y = _forward_fake(gate, up, config)
+    grid, sizes = _sizes(gate, up, config)
+    launch(swiglu_kernel, grid, gate, up, y, **sizes)
+    return y
+
+
+@_forward.register_fake
+def _forward_fake(gate: Tensor, up: Tensor, config: Sequence[int]) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.custom_op("qwen3core::swiglu_backward", mutates_args=())
+def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    dgate, dup = _backward_fake(dy, gate, up)
+    grid, sizes = _sizes(gate, up, CONFIGS[0])
+    launch(swiglu_backward_kernel, grid, dy.contiguous(), gate, up, dgate, dup, **sizes)
+    return dgate, dup
+
+
+@swiglu_backward.register_fake
+def _backward_fake(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+_forward.register_autograd(
+    lambda ctx, dy: (*swiglu_backward(dy, *ctx.saved_tensors), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2]),
+)
+
+
+def _sizes(gate: Tensor, up: Tensor, config: Sequence[int]) -> tuple[tuple[int], dict[str, int]]:
+    (T, width), (block, warps) = gate.shape, config
+    strides = {"stride_gate": gate.stride(0), "stride_up": up.stride(0)}
+    return (T * triton.cdiv(width, block),), {"width": width, **strides, "BLOCK": block, "num_warps": warps}
