@@ -368,13 +368,15 @@ def _launch(
 
 
 def _family(q: Tensor) -> str:
-    """The row of CONFIGS for q's dtype and the GPU: "hopper" has 227 KB of shared memory, as sm_100 has."""
+    """The key in CONFIGS for the GPU and q's dtype; "hopper" is all that has 227 KB of shared memory."""
+    if INTERPRETED:
+        return "hopper"
     if q.dtype == torch.float32:
         return "float32"
-    target = None if INTERPRETED else triton.runtime.driver.active.get_current_target()
-    if target and target.backend == "hip":
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend == "hip":
         return "hip"
-    return "hopper" if target is None or target.arch in (90, 100, 103) else "cuda"
+    return "hopper" if target.arch in (90, 100, 103) else "cuda"
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

@@ -9,9 +9,9 @@ once, where the specification rounds three times. The gradient rotates back, the
     dy = (d1 * cos1 + d2 * sin2, d2 * cos2 - d1 * sin1)            dw = sum over tokens and heads of dy * cast(x * r)
     dx = r * (dy * w - n * mean(dy * w * n)), n = x * r
 
-One program takes all heads of a token. dw is summed by program, then over programs: deterministic. Bytes, in b-byte
-elements: forward 2 T (Hq + Hkv) D b, backward 3 T (Hq + Hkv) D b, and 2 T D b of cos and sin; about 10 and 25 FLOPs per
-element: memory decides. Sources: RoPE arXiv:2104.09864; both in one pass as in vLLM's fused_qk_norm_rope.
+One program takes all heads of a few tokens. dw is summed by program, then over programs: deterministic. Bytes, in
+b-byte elements: forward 2 T (Hq + Hkv) D b, backward 3 T (Hq + Hkv) D b, and 2 T D b of cos and sin; about 10 and 25
+FLOPs per element: memory decides. Sources: RoPE, arXiv:2104.09864; both in one pass as in vLLM's fused_qk_norm_rope.
 """
 
 from collections.abc import Sequence
@@ -26,65 +26,47 @@ from qwen3core.errors import InputError
 
 from .launch import check, launch
 
-# (warps,); the first is the default
-CONFIGS = ((4,), (2,), (8,))
+# (tokens of a program, warps); the first is the default
+CONFIGS = ((4, 8), (2, 4), (1, 4), (4, 4))
 PROGRAMS = 512
 """Of the backward: as many partial sums of dw."""
 
 
 @triton.jit
-def halves(HEADS: tl.constexpr, D: tl.constexpr, BLOCK_HEADS: tl.constexpr, strides):
-    """Offsets of the first half of each head [BLOCK_HEADS, D / 2], and the mask."""
-    head = tl.arange(0, BLOCK_HEADS)[:, None]
-    return head * strides[1] + tl.arange(0, D // 2)[None, :], head < HEADS
-
-
-@triton.jit
-def angles(cos, sin, token, D: tl.constexpr):
-    """cos1, cos2, sin1, sin2 of one token, [1, D / 2] float32 each."""
-    at = token * D + tl.arange(0, D // 2)[None, :]
-    half: tl.constexpr = D // 2
-    return (tl.load(cos + at).to(tl.float32), tl.load(cos + at + half).to(tl.float32),
-            tl.load(sin + at).to(tl.float32), tl.load(sin + at + half).to(tl.float32))  # fmt: skip
-
-
-@triton.jit
-def scaled(x1, x2, eps, D: tl.constexpr):
-    """(n1, n2, r): x * r by halves and r [heads, 1], float32."""
-    x1, x2 = x1.to(tl.float32), x2.to(tl.float32)
-    r = tl.rsqrt((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / D + eps)[:, None]
-    return x1 * r, x2 * r, r
-
-
-@triton.jit
-def rotate(x, strides, out, out_strides, weight, token, cos1, cos2, sin1, sin2, eps,
+def rotate(x, strides, out, out_strides, weight, token, cos1, cos2, sin1, sin2, T, eps,
            HEADS: tl.constexpr, D: tl.constexpr, BLOCK_HEADS: tl.constexpr):  # fmt: skip
-    """All heads of one token."""
+    """All heads of some tokens, [TOKENS, HEADS, D / 2] at a time; both halves are read before either is written."""
     half: tl.constexpr = D // 2
-    at, mask = halves(HEADS, D, BLOCK_HEADS, strides)
-    at += token * strides[0]
+    head = tl.arange(0, BLOCK_HEADS)[None, :, None]
+    column = tl.arange(0, half)[None, None, :]
+    mask = (token < T) & (head < HEADS)
+    at = token * strides[0] + head * strides[1] + column
     x1 = tl.load(x + at, mask=mask, other=0.0)
     x2 = tl.load(x + at + half, mask=mask, other=0.0)
-    n1, n2, _ = scaled(x1, x2, eps, D)
-    column = tl.arange(0, half)[None, :]
-    y1 = n1.to(x1.dtype).to(tl.float32) * tl.load(weight + column).to(tl.float32)
-    y2 = n2.to(x2.dtype).to(tl.float32) * tl.load(weight + half + column).to(tl.float32)
+    n1, n2 = x1.to(tl.float32), x2.to(tl.float32)
+    r = tl.rsqrt((tl.sum(n1 * n1, axis=2) + tl.sum(n2 * n2, axis=2)) / D + eps)[:, :, None]
+    y1 = (n1 * r).to(x1.dtype).to(tl.float32) * tl.load(weight + column).to(tl.float32)
+    y2 = (n2 * r).to(x2.dtype).to(tl.float32) * tl.load(weight + half + column).to(tl.float32)
     y1 = y1.to(x1.dtype).to(tl.float32)
     y2 = y2.to(x2.dtype).to(tl.float32)
-    at, _ = halves(HEADS, D, BLOCK_HEADS, out_strides)
-    at += token * out_strides[0]
+    at = token * out_strides[0] + head * out_strides[1] + column
     tl.store(out + at, y1 * cos1 - y2 * sin1, mask=mask)
     tl.store(out + at + half, y2 * cos2 + y1 * sin2, mask=mask)
 
 
 @triton.jit
 def qk_norm_rope_kernel(q, q_strides, q_out, q_out_strides, q_weight, k, k_strides, k_out, k_out_strides, k_weight,
-                        cos, sin, eps, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
+                        cos, sin, T, eps, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr,
                         BLOCK_HQ: tl.constexpr, BLOCK_HKV: tl.constexpr):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    cos1, cos2, sin1, sin2 = angles(cos, sin, token, D)
-    rotate(q, q_strides, q_out, q_out_strides, q_weight, token, cos1, cos2, sin1, sin2, eps, HQ, D, BLOCK_HQ)
-    rotate(k, k_strides, k_out, k_out_strides, k_weight, token, cos1, cos2, sin1, sin2, eps, HKV, D, BLOCK_HKV)
+    half: tl.constexpr = D // 2
+    token = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None, None]
+    at = token * D + tl.arange(0, half)[None, None, :]
+    cos1 = tl.load(cos + at, mask=token < T, other=0.0).to(tl.float32)
+    cos2 = tl.load(cos + at + half, mask=token < T, other=0.0).to(tl.float32)
+    sin1 = tl.load(sin + at, mask=token < T, other=0.0).to(tl.float32)
+    sin2 = tl.load(sin + at + half, mask=token < T, other=0.0).to(tl.float32)
+    rotate(q, q_strides, q_out, q_out_strides, q_weight, token, cos1, cos2, sin1, sin2, T, eps, HQ, D, BLOCK_HQ)
+    rotate(k, k_strides, k_out, k_out_strides, k_weight, token, cos1, cos2, sin1, sin2, T, eps, HKV, D, BLOCK_HKV)
 
 
 @triton.jit
@@ -92,23 +74,25 @@ def rotate_back(dout, x, strides, dx, weight, token, cos1, cos2, sin1, sin2, eps
                 HEADS: tl.constexpr, D: tl.constexpr, BLOCK_HEADS: tl.constexpr):  # fmt: skip
     """Writes dx of one token's heads, from contiguous dout; returns this token's part of dw, by halves [D / 2]."""
     half: tl.constexpr = D // 2
-    at, mask = halves(HEADS, D, BLOCK_HEADS, strides)
-    at += token * strides[0]
-    x1 = tl.load(x + at, mask=mask, other=0.0)
-    x2 = tl.load(x + at + half, mask=mask, other=0.0)
-    n1, n2, r = scaled(x1, x2, eps, D)
-    at, _ = halves(HEADS, D, BLOCK_HEADS, (HEADS * D, D))
-    at += token * HEADS * D
-    d1 = tl.load(dout + at, mask=mask, other=0.0).to(tl.float32)
-    d2 = tl.load(dout + at + half, mask=mask, other=0.0).to(tl.float32)
+    head = tl.arange(0, BLOCK_HEADS)[:, None]
+    column = tl.arange(0, half)[None, :]
+    at = token * strides[0] + head * strides[1] + column
+    x1 = tl.load(x + at, mask=head < HEADS, other=0.0)
+    x2 = tl.load(x + at + half, mask=head < HEADS, other=0.0)
+    n1, n2 = x1.to(tl.float32), x2.to(tl.float32)
+    r = tl.rsqrt((tl.sum(n1 * n1, axis=1) + tl.sum(n2 * n2, axis=1)) / D + eps)[:, None]
+    n1 *= r
+    n2 *= r
+    at = (token * HEADS + head) * D + column
+    d1 = tl.load(dout + at, mask=head < HEADS, other=0.0).to(tl.float32)
+    d2 = tl.load(dout + at + half, mask=head < HEADS, other=0.0).to(tl.float32)
     dy1 = d1 * cos1 + d2 * sin2
     dy2 = d2 * cos2 - d1 * sin1
-    column = tl.arange(0, half)[None, :]
     g1 = dy1 * tl.load(weight + column).to(tl.float32)
     g2 = dy2 * tl.load(weight + half + column).to(tl.float32)
     mean = ((tl.sum(g1 * n1, axis=1) + tl.sum(g2 * n2, axis=1)) / D)[:, None]
-    tl.store(dx + at, r * (g1 - n1 * mean), mask=mask)
-    tl.store(dx + at + half, r * (g2 - n2 * mean), mask=mask)
+    tl.store(dx + at, r * (g1 - n1 * mean), mask=head < HEADS)
+    tl.store(dx + at + half, r * (g2 - n2 * mean), mask=head < HEADS)
     dw1 = tl.sum(dy1 * n1.to(x1.dtype).to(tl.float32), axis=0)
     return dw1, tl.sum(dy2 * n2.to(x2.dtype).to(tl.float32), axis=0)
 
@@ -118,24 +102,29 @@ def qk_norm_rope_backward_kernel(dq_out, q, q_strides, dq, q_weight, dk_out, k, 
                                  T, eps, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
                                  BLOCK_HQ: tl.constexpr, BLOCK_HKV: tl.constexpr):  # fmt: skip
     half: tl.constexpr = D // 2
+    column = tl.arange(0, half)
     q1 = tl.zeros((half,), tl.float32)
     q2, k1, k2 = q1, q1, q1
     for step in tl.range(0, tl.cdiv(T - tl.program_id(0), tl.num_programs(0))):
         token = tl.program_id(0).to(tl.int64) + step * tl.num_programs(0)
-        cos1, cos2, sin1, sin2 = angles(cos, sin, token, D)
-        dw1, dw2 = rotate_back(dq_out, q, q_strides, dq, q_weight, token, cos1, cos2, sin1, sin2, eps, HQ, D, BLOCK_HQ)
+        at = token * D + column[None, :]
+        cos1 = tl.load(cos + at).to(tl.float32)
+        cos2 = tl.load(cos + at + half).to(tl.float32)
+        sin1 = tl.load(sin + at).to(tl.float32)
+        sin2 = tl.load(sin + at + half).to(tl.float32)
+        dw1, dw2 = rotate_back(dq_out, q, q_strides, dq, q_weight, token, cos1, cos2, sin1, sin2, eps,
+                               HQ, D, BLOCK_HQ)  # fmt: skip
         q1 += dw1
         q2 += dw2
-        dw1, dw2 = rotate_back(
-            dk_out, k, k_strides, dk, k_weight, token, cos1, cos2, sin1, sin2, eps, HKV, D, BLOCK_HKV
-        )
+        dw1, dw2 = rotate_back(dk_out, k, k_strides, dk, k_weight, token, cos1, cos2, sin1, sin2, eps,
+                               HKV, D, BLOCK_HKV)  # fmt: skip
         k1 += dw1
         k2 += dw2
-    at = dw + tl.program_id(0) * 2 * D + tl.arange(0, half)
-    tl.store(at, q1)
-    tl.store(at + half, q2)
-    tl.store(at + D, k1)
-    tl.store(at + D + half, k2)
+    dw += tl.program_id(0) * 2 * D + column
+    tl.store(dw, q1)
+    tl.store(dw + half, q2)
+    tl.store(dw + D, k1)
+    tl.store(dw + D + half, k2)
 
 
 def qk_norm_rope(
@@ -182,8 +171,10 @@ def _launch(
           k_weight=(k_weight, "D"), cos=(cos, "T D"), sin=(sin, "T D"))  # fmt: skip
     if q.shape[2] & (q.shape[2] - 1) or q.shape[2] < 2:
         raise InputError(f"qk_norm_rope: D: expected a power of two, found {q.shape[2]}")
-    launch(qk_norm_rope_kernel, q.shape[:1], q, q.stride(), q_out, q_out.stride(), q_weight, k, k.stride(), k_out,
-           k_out.stride(), k_weight, cos.contiguous(), sin.contiguous(), eps=eps, **_sizes(q, k, config))  # fmt: skip
+    tokens, warps = config
+    launch(qk_norm_rope_kernel, (triton.cdiv(len(q), tokens),), q, q.stride(), q_out, q_out.stride(), q_weight, k,
+           k.stride(), k_out, k_out.stride(), k_weight, cos.contiguous(), sin.contiguous(), len(q), eps, TOKENS=tokens,
+           num_warps=warps, **_sizes(q, k))  # fmt: skip
 
 
 @torch.library.custom_op("qwen3core::qk_norm_rope_backward", mutates_args=())
@@ -197,7 +188,7 @@ def qk_norm_rope_backward(
     partial = q.new_empty(programs, 2, D, dtype=torch.float32)
     launch(qk_norm_rope_backward_kernel, (programs,), dq_out.contiguous(), q, q.stride(), dq, q_weight,
            dk_out.contiguous(), k, k.stride(), dk, k_weight, cos.contiguous(), sin.contiguous(), partial, T, eps=eps,
-           **_sizes(q, k, CONFIGS[0]))  # fmt: skip
+           **_sizes(q, k))  # fmt: skip
     weights = partial.sum(0)
     return dq, dk, dq_weight.copy_(weights[0]), dk_weight.copy_(weights[1])
 
@@ -209,10 +200,10 @@ def _backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), torch.empty_like(q_weight), torch.empty_like(k_weight)
 
 
-def _sizes(q: Tensor, k: Tensor, config: Sequence[int]) -> dict[str, int]:
+def _sizes(q: Tensor, k: Tensor) -> dict[str, int]:
     _, hq, D = q.shape
     blocks = {"BLOCK_HQ": triton.next_power_of_2(hq), "BLOCK_HKV": triton.next_power_of_2(k.shape[1])}
-    return {"HQ": hq, "HKV": k.shape[1], "D": D, **blocks, "num_warps": config[0]}
+    return {"HQ": hq, "HKV": k.shape[1], "D": D, **blocks}
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

@@ -17,22 +17,23 @@ from torch import Tensor
 
 from .launch import check, launch
 
-# (elements of a program, warps); the first is the default
-CONFIGS = ((2048, 4), (4096, 8), (1024, 4), (4096, 4))
+# (rows and columns of a tile, warps); the first is the default
+CONFIGS = ((8, 512, 8), (4, 512, 4), (8, 512, 4), (2, 1024, 4))
 
 
 @triton.jit
-def tile_of(width, stride_gate, stride_up, BLOCK: tl.constexpr):
-    """This program's part of one row: offsets into gate, up and a contiguous tensor, and the mask."""
+def tile_of(T, width, stride_gate, stride_up, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's tile: offsets into gate, up and a contiguous tensor, and the mask, [ROWS, BLOCK] each."""
     blocks = tl.cdiv(width, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    return row * stride_gate + column, row * stride_up + column, row * width + column, column < width
+    row = (tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = (tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK))[None, :]
+    mask = (row < T) & (column < width)
+    return row * stride_gate + column, row * stride_up + column, row * width + column, mask
 
 
 @triton.jit
-def swiglu_kernel(gate, up, y, width, stride_gate, stride_up, BLOCK: tl.constexpr):
-    at_gate, at_up, packed, mask = tile_of(width, stride_gate, stride_up, BLOCK)
+def swiglu_kernel(gate, up, y, T, width, stride_gate, stride_up, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    at_gate, at_up, packed, mask = tile_of(T, width, stride_gate, stride_up, ROWS, BLOCK)
     g = tl.load(gate + at_gate, mask=mask).to(tl.float32)
     u = tl.load(up + at_up, mask=mask).to(tl.float32)
     silu = (g * tl.sigmoid(g)).to(y.dtype.element_ty).to(tl.float32)
@@ -40,8 +41,9 @@ def swiglu_kernel(gate, up, y, width, stride_gate, stride_up, BLOCK: tl.constexp
 
 
 @triton.jit
-def swiglu_backward_kernel(dy, gate, up, dgate, dup, width, stride_gate, stride_up, BLOCK: tl.constexpr):
-    at_gate, at_up, packed, mask = tile_of(width, stride_gate, stride_up, BLOCK)
+def swiglu_backward_kernel(dy, gate, up, dgate, dup, T, width, stride_gate, stride_up, ROWS: tl.constexpr,
+                           BLOCK: tl.constexpr):  # fmt: skip
+    at_gate, at_up, packed, mask = tile_of(T, width, stride_gate, stride_up, ROWS, BLOCK)
     d = tl.load(dy + packed, mask=mask).to(tl.float32)
     g = tl.load(gate + at_gate, mask=mask).to(tl.float32)
     u = tl.load(up + at_up, mask=mask).to(tl.float32)
@@ -90,6 +92,7 @@ _forward.register_autograd(
 
 
 def _sizes(gate: Tensor, up: Tensor, config: Sequence[int]) -> tuple[tuple[int], dict[str, int]]:
-    (T, width), (block, warps) = gate.shape, config
-    strides = {"stride_gate": gate.stride(0), "stride_up": up.stride(0)}
-    return (T * triton.cdiv(width, block),), {"width": width, **strides, "BLOCK": block, "num_warps": warps}
+    (T, width), (rows, columns, warps) = gate.shape, config
+    tiles = triton.cdiv(T, rows) * triton.cdiv(width, columns)
+    sizes = {"T": T, "width": width, "stride_gate": gate.stride(0), "stride_up": up.stride(0)}
+    return (tiles,), sizes | {"ROWS": rows, "BLOCK": columns, "num_warps": warps}

@@ -53,10 +53,10 @@ class Embedder(Pretrained):
                 warn(f"truncate_dim={truncate_dim}: the models are trained for 32 and more")
         if prompt:
             texts = [prompt + text if isinstance(text, str) else text for text in texts]
-        embeddings = self.pooled(
+        embeddings = self.run(
             self.tokenizer.embedding(texts, self.max_length),
-            dim=truncate_dim,
-            normalize=normalize_embeddings,
+            lambda batch: self.model.embed(batch, dim=truncate_dim, normalize=normalize_embeddings),
+            truncate_dim or hidden_size,
             batch_tokens=batch_tokens,
             show_progress_bar=show_progress_bar,
         )

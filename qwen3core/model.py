@@ -4,6 +4,10 @@
 Operations that a kernel may replace go through ``ops``; ``tap(name, x)`` returns x, or what an edit made of it.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +15,7 @@ from .batch import PackedBatch
 from .config import Qwen3Config
 from .hooks import Tap, Taps
 from .ops import Ops, resolve
+from .reference import p_yes, yes_minus_no
 
 
 class RMSNorm(nn.Module):
@@ -19,8 +24,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor, ops: Ops) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
+    def forward(self, op: Callable[..., Any], x: Tensor, *args: Any) -> Any:
+        """``op`` is ``ops.rms_norm``, or one that does more with the same weight, given the rest of its arguments."""
+        return op(x, self.weight, self.eps, *args)
 
 
 class Attention(nn.Module):
@@ -37,10 +43,12 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: PackedBatch, ops: Ops, tap: Tap) -> Tensor:
-        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), ops)
-        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), ops)
-        v = tap("v", self.v_proj(x).unflatten(-1, (-1, self.head_dim)))
-        q, k = ops.rope(q, k, cos, sin)
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        v = tap("v", v)
+        if ops.qk_norm_rope:
+            q, k = ops.qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, cos, sin)
+        else:
+            q, k = ops.rope(self.q_norm(ops.rms_norm, q), self.k_norm(ops.rms_norm, k), cos, sin)
         q, k = tap("q", q), tap("k", k)
         lengths = (batch.cu_seqlens, batch.cu_seqlens, batch.max_seqlen, batch.max_seqlen)
         z = tap("z", ops.attention(q, k, v, *lengths))
@@ -69,16 +77,19 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: PackedBatch, ops: Ops, tap: Tap) -> Tensor:
         """The residual stream [T, H] through one layer."""
         x = tap("resid_pre", x)
-        attn_norm = tap("attn_norm", self.input_layernorm(x, ops))
-        x = x + tap("attn_out", self.self_attn(attn_norm, cos, sin, batch, ops, tap))
-        x = tap("resid_mid", x)
-        mlp_norm = tap("mlp_norm", self.post_attention_layernorm(x, ops))
-        x = x + tap("mlp_out", self.mlp(mlp_norm, ops, tap))
+        attn_norm = tap("attn_norm", self.input_layernorm(ops.rms_norm, x))
+        attn_out = tap("attn_out", self.self_attn(attn_norm, cos, sin, batch, ops, tap))
+        if ops.add_rms_norm:
+            mlp_norm, x = self.post_attention_layernorm(ops.add_rms_norm, x, attn_out)
+        else:
+            x = tap("resid_mid", x + attn_out)
+            mlp_norm = self.post_attention_layernorm(ops.rms_norm, x)
+        x = x + tap("mlp_out", self.mlp(tap("mlp_norm", mlp_norm), ops, tap))
         return tap("resid_post", x)
 
 
 class Qwen3Model(nn.Module):
-    """``model(batch)`` gives hidden states, ``model.pool`` the vector of each sequence.
+    """``model(batch)`` gives hidden states, ``model.embed`` a vector of each sequence, ``model.score`` its P(yes).
 
     ``lm_head`` exists only where a reranker's head is not tied to ``embed_tokens``.
     """
@@ -96,14 +107,19 @@ class Qwen3Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if lm_head else None
 
+    def residual(self, batch: PackedBatch) -> Tensor:
+        """The residual stream [T, H] out of the last layer, before the final norm."""
+        x = self.taps.scope(batch)("embed", self.embed_tokens(batch.input_ids))
+        cos, sin = rope_cos_sin(batch.position_ids, self.config, x.dtype)
+        # Fused, the point between add and norm could not be edited.
+        ops = replace(self.ops, add_rms_norm=None) if self.taps.active else self.ops
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, batch, ops, self.taps.scope(batch, f"layers.{i}."))
+        return x
+
     def forward(self, batch: PackedBatch) -> Tensor:
         """Last hidden states [T, H], final norm applied (transformers' ``last_hidden_state``), in the model's dtype."""
-        tap = self.taps.scope(batch)
-        x = tap("embed", self.embed_tokens(batch.input_ids))
-        cos, sin = rope_cos_sin(batch.position_ids, self.config, x.dtype)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, batch, self.ops, self.taps.scope(batch, f"layers.{i}."))
-        return tap("final_norm", self.norm(x, self.ops))
+        return self.taps.scope(batch)("final_norm", self.norm(self.ops.rms_norm, self.residual(batch)))
 
     def pool(
         self, hidden_states: Tensor, batch: PackedBatch, *, dim: int | None = None, normalize: bool = True
@@ -111,6 +127,19 @@ class Qwen3Model(nn.Module):
         """Each sequence's last hidden state, cut to ``dim``, normalised; [T, H] to [N, dim] float32."""
         pooled = self.ops.pool(hidden_states, batch.cu_seqlens, dim or self.config.hidden_size, normalize)
         return self.taps.scope(batch)("pooled", pooled)
+
+    def embed(self, batch: PackedBatch, *, dim: int | None = None, normalize: bool = True) -> Tensor:
+        """``pool(forward(batch))``, in one kernel where ops has it and no point is watched; [N, dim] float32."""
+        if self.ops.norm_pool is None or self.taps.active:
+            return self.pool(self(batch), batch, dim=dim, normalize=normalize)
+        width = dim or self.config.hidden_size
+        return self.norm(self.ops.norm_pool, self.residual(batch), batch.cu_seqlens, width, normalize)
+
+    def score(self, batch: PackedBatch, yes_no: Tensor) -> Tensor:
+        """P(yes) [N] float32 of each sequence's last hidden state, from the rows of yes and no [2, H] of the head."""
+        if self.ops.norm_score is None or self.taps.active:
+            return p_yes(self.embed(batch, normalize=False), yes_no)
+        return self.norm(self.ops.norm_score, self.residual(batch), batch.cu_seqlens, yes_minus_no(yes_no))
 
     def extra_repr(self) -> str:
         return f"{self.config},\n{self.ops}"

@@ -2,11 +2,14 @@
 
     model.ops = dataclasses.replace(model.ops, rms_norm=mine)     # swaps it everywhere, q_norm and k_norm included
 
-An operation that cannot serve an input raises and says why; nothing falls back in silence.
+Some kernels do several of them at once; such a fused operation is used in their place wherever it is set, and dropped
+where one of its parts is replaced. An operation that cannot serve an input raises and says why; nothing falls back in
+silence.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +17,14 @@ from torch.nn import functional as F
 
 from . import reference
 from .errors import InputError
+
+FUSED = {
+    "add_rms_norm": ("rms_norm",),
+    "qk_norm_rope": ("rms_norm", "rope"),
+    "norm_pool": ("rms_norm", "pool"),
+    "norm_score": ("rms_norm", "pool"),
+}
+"""The parts of each fused operation."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +37,29 @@ class Ops:
     swiglu: Callable[[Tensor, Tensor], Tensor]
     pool: Callable[[Tensor, Tensor, int, bool], Tensor]
 
+    add_rms_norm: Callable[[Tensor, Tensor, float, Tensor], tuple[Tensor, Tensor]] | None = None
+    """(x, weight, eps, residual) to (rms_norm(x + residual), x + residual)"""
+    qk_norm_rope: Callable[..., tuple[Tensor, Tensor]] | None = None
+    """(q, k, q_weight, k_weight, eps, cos, sin) to rope(rms_norm(q), rms_norm(k))"""
+    norm_pool: Callable[[Tensor, Tensor, float, Tensor, int, bool], Tensor] | None = None
+    """(x, weight, eps, cu_seqlens, dim, normalize) to pool(rms_norm(x))"""
+    norm_score: Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor] | None = None
+    """(x, weight, eps, cu_seqlens, w_yes - w_no [H] float32) to P(yes) [N] from pool(rms_norm(x))"""
+
+    _before: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        now = {name: getattr(self, name) for name in _names()}
+        for name, parts in FUSED.items():
+            replaced = self._before and any(now[part] is not self._before[part] for part in parts)
+            if replaced and now[name] is self._before[name]:
+                object.__setattr__(self, name, None)
+        object.__setattr__(self, "_before", now)  # dataclasses.replace hands it on
+
     @staticmethod
     def reference() -> "Ops":
         """The specification."""
-        return Ops(**{field.name: getattr(reference, field.name) for field in fields(Ops)})
+        return Ops(**{name: getattr(reference, name) for name in _names() if name not in FUSED})
 
     @staticmethod
     def torch() -> "Ops":
@@ -38,17 +68,45 @@ class Ops:
             rms_norm=_rms_norm, rope=reference.rope, attention=_sdpa, swiglu=reference.swiglu, pool=reference.pool
         )
 
+    @staticmethod
+    def triton() -> "Ops":
+        """The Triton kernels of ``qwen3core.kernels``, forward and backward; rope and pool alone are the reference.
+
+        They run on a GPU in float32, bfloat16 and float16, and on the CPU, slowly, with TRITON_INTERPRET=1 in the
+        environment. Raises InputError where triton is not installed.
+        """
+        try:
+            from .kernels import attention, pooling, qk_norm_rope, rms_norm, swiglu
+        except ImportError as error:
+            raise InputError(f"ops 'triton': expected the package triton, found that {error}") from error
+        return Ops(
+            rms_norm=rms_norm.rms_norm,
+            rope=reference.rope,
+            attention=attention.attention,
+            swiglu=swiglu.swiglu,
+            pool=reference.pool,
+            add_rms_norm=rms_norm.add_rms_norm,
+            qk_norm_rope=qk_norm_rope.qk_norm_rope,
+            norm_pool=pooling.norm_pool,
+            norm_score=pooling.norm_score,
+        )
+
     def __repr__(self) -> str:
-        functions = {field.name: getattr(self, field.name) for field in fields(self)}
+        functions = {name: f for name in _names() if (f := getattr(self, name))}
         names = (f"{name}={f.__module__}.{getattr(f, '__qualname__', repr(f))}" for name, f in functions.items())
         return f"Ops({', '.join(names)})"
 
 
-def resolve(ops: "Ops | str") -> Ops:
-    """``"auto"`` (now ``torch``), ``"reference"``, ``"torch"``, or an Ops, to an Ops."""
+def _names() -> list[str]:
+    return [field.name for field in fields(Ops) if not field.name.startswith("_")]
+
+
+def resolve(ops: "Ops | str", device: torch.device | None = None) -> Ops:
+    """``"reference"``, ``"torch"``, ``"triton"``, ``"auto"`` (triton for a GPU, else torch), or an Ops, to an Ops."""
     if isinstance(ops, Ops):
         return ops
-    sets = {"auto": Ops.torch, "reference": Ops.reference, "torch": Ops.torch}
+    auto = Ops.triton if device is not None and device.type == "cuda" else Ops.torch
+    sets = {"auto": auto, "reference": Ops.reference, "torch": Ops.torch, "triton": Ops.triton}
     if not isinstance(ops, str) or ops not in sets:
         raise InputError(f"ops: expected one of {', '.join(sets)}, or an Ops, found {ops!r}")
     return sets[ops]()

@@ -24,9 +24,8 @@ from .config import read_json
 from .errors import InputError
 from .hooks import capture
 from .model import Qwen3Model
-from .ops import Ops
+from .ops import Ops, resolve
 from .prompts import DEFAULT_TASK, RERANKER_PREFIX, RERANKER_SUFFIX, embedding_query, reranker_body
-from .reranker import p_yes
 from .tokenizer import Tokenizer
 from .weights.checkpoint import Tensors, as_device, as_dtype, find, open_model
 
@@ -103,9 +102,9 @@ def parity(
     if kind not in ("embedding", "reranker"):
         raise InputError(f"kind: expected auto, embedding or reranker, found {kind!r}")
     reranker = kind == "reranker"
-    model, tensors = open_model(directory, ops=ops, head=reranker)
-    dtype = as_dtype(dtype, model, tensors)
     device = as_device(device)
+    model, tensors = open_model(directory, ops=resolve(ops, device), head=reranker)
+    dtype = as_dtype(dtype, model, tensors)
     tokenizer = Tokenizer(directory / "tokenizer.json")
     tokenizer.check_vocabulary(model.config.vocab_size)
     documents = [*samples.DOCUMENTS, samples.LONG_DOCUMENT]
@@ -156,9 +155,16 @@ def _ours(
     model: Qwen3Model, tensors: Tensors, batch: PackedBatch, head: Tensor | None, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     _stream(model, tensors, dtype, batch.input_ids.device)
-    with torch.no_grad(), capture(model, "embed", "layers.*.resid_post", "final_norm") as acts:
-        pooled = model.pool(model(batch), batch, normalize=head is None)
-    return dict(acts) | ({"pooled": pooled} if head is None else {"score": p_yes(pooled, head.to(pooled.device))})
+
+    def run() -> Tensor:
+        return model.embed(batch) if head is None else model.score(batch, head.to(batch.input_ids.device))
+
+    with torch.no_grad():
+        with capture(model, "embed", "layers.*.resid_post", "final_norm") as acts:
+            result = run()
+        if model.ops.norm_pool or model.ops.norm_score:  # again unwatched, for what is fused to be compared too
+            result = run()
+    return dict(acts) | {"pooled" if head is None else "score": result}
 
 
 def _transformers_ids(directory: Path, texts: Sequence[str], reranker: bool, max_length: int) -> list[list[int]]:

@@ -1,6 +1,6 @@
 """What the two jobs share: an open checkpoint (model and tokenizer) and the run over batches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .batch import pack, plan
+from .batch import PackedBatch, pack, plan
 from .config import read_json
 from .errors import InputError, check_int
 from .model import Qwen3Model
@@ -85,19 +85,17 @@ class Pretrained:
         )
 
     @torch.no_grad()
-    def pooled(
+    def run(
         self,
         sequences: Sequence[Sequence[int]],
-        *,
-        dim: int | None = None,
-        normalize: bool = True,
+        function: Callable[[PackedBatch], Tensor],
+        *shape: int,
         batch_tokens: int | None = None,
         show_progress_bar: bool | None = None,
     ) -> Tensor:
-        """Run token id sequences in batches; the pooled rows [n, dim] float32, in the order given."""
-        width = dim or self.model.config.hidden_size
+        """Token id sequences through ``function`` in batches: its rows [N, *shape] float32, in the order given."""
         dtype = torch.promote_types(self.dtype, torch.float32)
-        out = torch.empty(len(sequences), width, dtype=dtype, device=self.device)
+        out = torch.empty(len(sequences), *shape, dtype=dtype, device=self.device)
         rows = self.model.embed_tokens.num_embeddings
         for index, ids in enumerate(sequences):
             if max(ids) >= rows:
@@ -108,6 +106,6 @@ class Pretrained:
         with tqdm(total=len(sequences), disable=disable, unit="text", leave=False) as bar:
             for indices in groups:
                 batch = pack([sequences[i] for i in indices], device=self.device, indices=indices)
-                out[indices] = self.model.pool(self.model(batch), batch, dim=dim, normalize=normalize)
+                out[indices] = function(batch)
                 bar.update(len(indices))
         return out

@@ -92,3 +92,17 @@ def pool(hidden_states: Tensor, cu_seqlens: Tensor, dim: int, normalize: bool) -
     """
     last = at_least_float32(hidden_states[cu_seqlens[1:].long() - 1])[:, :dim]
     return F.normalize(last, dim=-1) if normalize else last
+
+
+def p_yes(pooled: Tensor, yes_no: Tensor) -> Tensor:
+    """sigmoid(pooled . (w_yes - w_no)): [N, H] float32 and the two rows [2, H] of the head to [N] float32.
+
+    Equals the softmax over the two logits; the difference is taken in float32, where near-ties survive.
+    """
+    return torch.sigmoid(pooled @ yes_minus_no(yes_no, pooled.dtype))
+
+
+def yes_minus_no(yes_no: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The direction of P(yes) in the space of last hidden states: w_yes - w_no [H], from rows [2, H] of the head."""
+    yes, no = yes_no.to(dtype)
+    return yes - no

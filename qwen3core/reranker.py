@@ -45,13 +45,13 @@ class Reranker(Pretrained):
             for role, text in (("query", query), ("document", document)):
                 check_text(f"pair {index}: {role}", text)
             bodies.append(reranker_body(task, query, document))
-        pooled = self.pooled(
+        yes_no = self.yes_no
+        scores = self.run(
             self.tokenizer.reranking(bodies, self.max_length),
-            normalize=False,
+            lambda batch: self.model.score(batch, yes_no),
             batch_tokens=batch_tokens,
             show_progress_bar=show_progress_bar,
         )
-        scores = self.score(pooled).detach()
         result = scores[0] if single else scores
         return result if convert_to_tensor else result.cpu().numpy()
 
@@ -76,19 +76,11 @@ class Reranker(Pretrained):
             ranking = [dict(hit, text=documents[hit["corpus_id"]]) for hit in ranking]
         return ranking[:top_k]
 
-    def score(self, pooled: Tensor) -> Tensor:
-        """P(yes) [N] from last hidden states [N, H] float32, with two rows of the head in place of all."""
+    @property
+    def yes_no(self) -> Tensor:
+        """The rows of yes and no [2, H] of the head, in place of all."""
         head = self.model.lm_head or self.model.embed_tokens
-        return p_yes(pooled, head.weight[torch.tensor([self.yes_id, self.no_id], device=pooled.device)])
-
-
-def p_yes(pooled: Tensor, yes_no: Tensor) -> Tensor:
-    """sigmoid(pooled . (w_yes - w_no)): [N, H] float32 and the two rows [2, H] of the head to [N] float32.
-
-    Equals the softmax over the two logits; the difference is taken in float32, where near-ties survive.
-    """
-    yes, no = yes_no.to(pooled.dtype)
-    return torch.sigmoid(pooled @ (yes - no))
+        return head.weight[torch.tensor([self.yes_id, self.no_id], device=self.device)]
 
 
 def _describe(pair: object) -> str:

@@ -5,7 +5,7 @@ import torch
 from tolerances import HIDDEN_FP32
 from transformers import AutoModel
 
-from qwen3core import Embedder, InputError, Reranker, capture, edit, pack
+from qwen3core import Embedder, InputError, Reranker, capture, edit, pack, reference
 from qwen3core.hooks import POINTS
 
 TEXTS = ["Gravity is a force.", "a", "北京是中国的首都。" * 9, "Explain gravity"]
@@ -146,7 +146,7 @@ def test_reranker_points(reranker_dir):
     reranker = Reranker.from_pretrained(reranker_dir, dtype="float32", device="cpu")
     with capture(reranker.model, "pooled") as acts:
         scores = reranker.predict([("gravity", "a force"), ("bread", "flour and water, salt and time")])
-    expected = reranker.score(torch.stack(acts.per_text("pooled")))
+    expected = reference.p_yes(torch.stack(acts.per_text("pooled")), reranker.yes_no)
     assert (expected.detach().numpy() == scores).all()
 
 

@@ -94,7 +94,9 @@ def test_replacing_one_op_swaps_it_everywhere(embedding_dir):
 
 
 def test_unknown_ops_set():
-    with pytest.raises(InputError, match="ops: expected one of auto, reference, torch, or an Ops, found 'cuda'"):
+    with pytest.raises(
+        InputError, match="ops: expected one of auto, reference, torch, triton, or an Ops, found 'cuda'"
+    ):
         resolve("cuda")
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from qwen3core.config import Qwen3Config, read_json
 from qwen3core.errors import CheckpointError, InputError
 from qwen3core.model import Qwen3Model
-from qwen3core.ops import Ops
+from qwen3core.ops import Ops, resolve
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -75,9 +75,9 @@ def load_model(
     dtype: a torch dtype or its name; ``"auto"`` is config.json's, else the tensors'. Where dtype and device keep the
     tensors as stored, they are pages of the file: opening costs no copy.
     """
-    model, tensors = open_model(directory, ops=ops, head=head)
-    target = as_dtype(dtype, model, tensors)
     where = as_device(device)
+    model, tensors = open_model(directory, ops=resolve(ops, where), head=head)
+    target = as_dtype(dtype, model, tensors)
     model.load_state_dict({name: tensors[name].to(where, target) for name in model.state_dict()}, assign=True)
     return model
 
