@@ -1,9 +1,14 @@
 """Checkpoints and paths that all tests share."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # before triton is imported, which reads it then
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from qwen3core.weights.synthesize import synthesize
 

@@ -1,0 +1,578 @@
+"""Every Triton kernel against its specification: in the interpreter where there is no GPU, on the GPU where there is.
+
+The rule: the error against float64 is at most OPS_RATIO times that of the plain reference in the same dtype, for each
+output and each gradient (Frobenius norms).
+"""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from tolerances import CANCELLED, OPS_RATIO, REORDERED_FP32
+
+from qwen3core import InputError, Ops, capture, edit, load_model, pack, reference
+from qwen3core.kernels import launch
+from qwen3core.kernels.attention import CONFIGS, attention, attention_backward, merge
+from qwen3core.kernels.pooling import norm_pool, norm_score
+from qwen3core.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_
+from qwen3core.kernels.rms_norm import add_rms_norm, rms_norm
+from qwen3core.kernels.swiglu import swiglu
+
+EPS = 1e-6
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Where kernels run: the CPU through Triton's interpreter, or a GPU."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if (request.param == "interpreter") != launch.INTERPRETED:
+        pytest.skip("Triton was imported for the GPU" if request.param == "interpreter" else "TRITON_INTERPRET is set")
+    return torch.device("cpu" if request.param == "interpreter" else "cuda")
+
+
+def served(dtype, device):
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("Triton's interpreter is wrong in bfloat16")
+
+
+def lengths(counts, device="cpu"):
+    return torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def results(function, tensors):
+    """Outputs of a function, and the gradients of its tensors for fixed random cotangents; all float64 on the CPU."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out = function(*leaves)
+    out = out if isinstance(out, tuple) else (out,)
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x) for x in out]
+    grads = torch.autograd.grad(out, leaves, cotangents)
+    return [x.dtype for x in out], [x.detach().double().cpu() for x in (*out, *grads)]
+
+
+def judge(ours, specification, tensors, dtype, device):
+    """The rule of this file; tensors are float64, ours and the specification are called with them as arguments."""
+    served(dtype, device)
+    rounded = [x.to(dtype) for x in tensors]
+    _, exact = results(specification, [x.double() for x in rounded])
+    dtypes, plain = results(specification, rounded)
+    ours_dtypes, found = results(ours, [x.to(device) for x in rounded])
+    assert ours_dtypes == dtypes
+    obeys(found, plain, exact)
+
+
+def obeys(found, plain, exact):
+    cancelled = CANCELLED * max(x.norm() for x in exact)
+    for index, (a, b, x) in enumerate(zip(found, plain, exact, strict=True)):
+        assert a.shape == x.shape
+        error, of_plain = (a - x).norm(), (b - x).norm()
+        assert error <= OPS_RATIO * of_plain + cancelled, f"result {index}: {error:.2e}, plain PyTorch {of_plain:.2e}"
+
+
+def close(a, b):
+    assert (a - b).norm() <= REORDERED_FP32 * b.norm()
+
+
+ATTENTION = {
+    "odd": ([1, 2, 63, 64, 65, 127, 129, 300], [1, 2, 63, 64, 65, 127, 129, 300]),
+    "small": ([5, 70], [5, 70]),
+    "one token": ([1], [1]),
+    "tiny": ([1, 2, 3] * 8, [1, 2, 3] * 8),
+    "fewer queries": ([1, 63, 1, 0, 64], [300, 65, 1, 7, 129]),
+    "empty sequences": ([0, 3, 0], [0, 3, 0]),
+}
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+@pytest.mark.parametrize("case", ATTENTION)
+@DTYPES
+def test_attention(case, group, dtype, device):
+    torch.manual_seed(0)
+    len_q, len_k = ATTENTION[case]
+    heads, D = (2, 128) if group == 2 else (1, 64)
+    tensors = [randn(sum(len_q), heads * group, D), *(randn(sum(len_k), heads, D) for _ in range(2))]
+
+    def run(op, where):
+        return lambda q, k, v: op(q, k, v, lengths(len_q, where), lengths(len_k, where), max(len_q), max(len_k))
+
+    judge(run(attention, device), run(reference.attention, "cpu"), tensors, dtype, device)
+
+
+def specification_with_lse(causal, len_q, len_k):
+    """Out and log-sum-exp of one sequence after another, in plain PyTorch."""
+
+    def run(q, k, v):
+        outs, lses = [], []
+        groups = q.shape[1] // k.shape[1]
+        for rows_q, rows_k in reference.sequences(lengths(len_q), lengths(len_k)):
+            queries, keys, values = (x.transpose(0, 1) for x in (q[rows_q], k[rows_k], v[rows_k]))
+            keys, values = (x.repeat_interleave(groups, dim=0) for x in (keys, values))
+            scores = reference.at_least_float32(queries @ keys.transpose(1, 2) * q.shape[2] ** -0.5)
+            if causal:
+                scores = scores.masked_fill(~reference.visible(queries, keys), -torch.inf)
+            outs.append((scores.softmax(-1).to(q.dtype) @ values).transpose(0, 1))
+            lses.append(scores.logsumexp(-1).transpose(0, 1))
+        return torch.cat(outs), torch.cat(lses)
+
+    return run
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@DTYPES
+def test_attention_lse(causal, dtype, device):
+    torch.manual_seed(0)
+    len_q, len_k = [3, 40, 65], [70, 40, 130]
+    tensors = [randn(108, 4, 64), randn(240, 2, 64), randn(240, 2, 64)]
+    cu = lengths(len_q, device), lengths(len_k, device)
+    judge(
+        lambda q, k, v: attention(q, k, v, *cu, 65, 130, causal=causal, return_lse=True),
+        specification_with_lse(causal, len_q, len_k),
+        tensors,
+        dtype,
+        device,
+    )
+
+
+def test_shared_prefix_is_attended_once_and_merged(device):
+    """Prefix without mask for all continuations at once, continuations causally, merged: the whole; gradients too."""
+    torch.manual_seed(0)
+    prefix, rest = 70, [5, 33]
+    whole = [randn(2 * prefix + 38, heads, 64).float() for heads in (4, 2, 2)]
+    for x in whole:
+        x[75 : 75 + prefix] = x[:prefix]  # the second sequence begins like the first
+    after = torch.cat((torch.arange(prefix, 75), torch.arange(75 + prefix, 75 + prefix + 33)))
+
+    def once(q, k, v):
+        cu = lengths([75, 103], device)
+        return attention(q, k, v, cu, cu, 103, 103)[after]
+
+    def merged(q, k, v):
+        own = lengths(rest, device)
+        one = lengths([38], device)
+        shared = attention(
+            q[after], k[:prefix], v[:prefix], one, lengths([prefix], device), 38, 70, causal=False, return_lse=True
+        )
+        ours = attention(q[after], k[after], v[after], own, own, 33, 33, return_lse=True)
+        return merge(*shared, *ours)[0]
+
+    _, (a, *grads_a) = results(once, [x.to(device) for x in whole])
+    _, (b, *grads_b) = results(merged, [x.to(device) for x in whole])
+    close(a, b)
+    for x, y in zip(grads_a, grads_b, strict=True):  # the shared rows' gradients fall on the first copy
+        x[:prefix] += x[75 : 75 + prefix]
+        x[75 : 75 + prefix] = 0
+        close(x, y)
+
+
+def test_attention_without_any_key(device):
+    q, kv = torch.randn(3, 2, 64, device=device), torch.randn(0, 1, 64, device=device)
+    empty = torch.zeros(2, dtype=torch.int32, device=device)
+    out, lse = attention(q, kv, kv, lengths([3], device), empty, 3, 0, causal=False, return_lse=True)
+    assert (out == 0).all()
+    assert (lse == -math.inf).all()
+    assert attention(kv, kv, kv, empty, empty, 0, 0).shape == (0, 1, 64)  # the empty batch
+
+
+@pytest.mark.parametrize("kernel", CONFIGS)
+def test_every_configuration_of_attention_is_right(kernel, device):
+    torch.manual_seed(0)
+    counts = [150, 3]
+    q, k, v = (torch.randn(153, heads, 64, device=device, requires_grad=True) for heads in (4, 2, 2))
+    cu = lengths(counts, device)
+    out, lse = attention(q, k, v, cu, cu, 150, 150, return_lse=True)
+    saved = (torch.ones_like(out), torch.zeros_like(lse), q, k, v, out, lse, cu, cu, True)
+    expected = (out,) if kernel == "forward" else attention_backward(*saved, [], [])
+    for config in {c for family, configs in CONFIGS[kernel].items() for c in configs if family != "float32"}:
+        if kernel == "forward":
+            found = (attention(q, k, v, cu, cu, 150, 150, config=config),)
+        else:
+            found = attention_backward(*saved, *((config, []) if kernel == "dq" else ([], config)))
+        for a, b in zip(found, expected, strict=True):
+            close(a, b)
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 64), (33, 100), (7, 3, 128), (65, 2, 16), (0, 40)], ids=str)
+@DTYPES
+def test_rms_norm(shape, dtype, device):
+    torch.manual_seed(0)
+    tensors = [randn(*shape) * 3, randn(shape[-1])]
+    judge(lambda x, w: rms_norm(x, w, EPS), lambda x, w: reference.rms_norm(x, w, EPS), tensors, dtype, device)
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (33, 100), (7, 3, 128)], ids=str)
+@DTYPES
+def test_add_rms_norm(shape, dtype, device):
+    torch.manual_seed(0)
+
+    def specification(x, w, residual):
+        total = x + residual
+        return reference.rms_norm(total, w, EPS), total
+
+    tensors = [randn(*shape), randn(shape[-1]), randn(*shape) * 2]
+    judge(lambda x, w, r: add_rms_norm(x, w, EPS, r), specification, tensors, dtype, device)
+
+
+def test_rms_norm_rounds_where_the_specification_does(device):
+    """float16, bit for bit: the cast before the weight and the rounded sum, which an error norm would hardly see."""
+    torch.manual_seed(0)
+    x, residual, w = (randn(*shape).half() for shape in ((200, 64), (200, 64), (64,)))
+    y, total = add_rms_norm(*(t.to(device) for t in (x, w)), EPS, residual.to(device))
+    assert torch.equal(total.cpu(), x + residual)
+    same = (y.cpu() == reference.rms_norm(x + residual, w, EPS)).float().mean()
+    late = (x + residual).float()
+    late = (late * torch.rsqrt(late.pow(2).mean(-1, keepdim=True) + EPS) * w.float()).half()
+    assert same > 0.999  # the mean's order of summation may move a last bit
+    assert (late == y.cpu()).float().mean() < 0.9
+
+
+@pytest.mark.parametrize("counts", [(1, 4, 2), (9, 6, 3), (70, 1, 1)], ids=str)
+@pytest.mark.parametrize("D", [64, 128])
+@DTYPES
+def test_qk_norm_rope(counts, D, dtype, device):
+    torch.manual_seed(0)
+    T, hq, hkv = counts
+    turn = torch.randn(2, T, D, dtype=torch.float64).to(dtype)
+
+    def run(op):
+        return lambda q, k, a, b: op(q, k, a, b, *turn.to(q))
+
+    def specification(q, k, a, b, cos, sin):
+        return reference.rope(reference.rms_norm(q, a, EPS), reference.rms_norm(k, b, EPS), cos, sin)
+
+    def ours(q, k, a, b, cos, sin):
+        return qk_norm_rope(q, k, a, b, EPS, cos, sin)
+
+    tensors = [randn(T, hq, D) * 2, randn(T, hkv, D), randn(D), randn(D)]
+    judge(run(ours), run(specification), tensors, dtype, device)
+
+
+def test_qk_norm_rope_in_place(device):
+    torch.manual_seed(0)
+    q, k, a, b = (torch.randn(*s, device=device) for s in ((9, 6, 64), (9, 3, 64), (64,), (64,)))
+    cos, sin = torch.randn(2, 9, 64, device=device)
+    expected = qk_norm_rope(q, k, a, b, EPS, cos, sin)
+    qk_norm_rope_(q, k, a, b, EPS, cos, sin)
+    assert torch.equal(q, expected[0])
+    assert torch.equal(k, expected[1])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 40), (17, 1500), (0, 8)], ids=str)
+@DTYPES
+def test_swiglu(shape, dtype, device):
+    torch.manual_seed(0)
+    judge(swiglu, reference.swiglu, [randn(*shape) * 3, randn(*shape)], dtype, device)
+
+
+def mean_pool(x, cu_seqlens, dim, normalize):
+    parts = [part.mean(0) for part in reference.at_least_float32(x).split(cu_seqlens.diff().tolist())]
+    pooled = torch.stack(parts)[:, :dim]
+    return torch.nn.functional.normalize(pooled, dim=-1) if normalize else pooled
+
+
+@pytest.mark.parametrize("mean", [False, True], ids=["last", "mean"])
+@pytest.mark.parametrize("normalize", [False, True], ids=["raw", "unit"])
+@pytest.mark.parametrize("dim", [1, 33, 100])
+@DTYPES
+def test_norm_pool(dim, normalize, mean, dtype, device):
+    torch.manual_seed(0)
+    counts = [1, 5, 9, 2]
+    pool = mean_pool if mean else reference.pool
+    judge(
+        lambda x, w: norm_pool(x, w, EPS, lengths(counts, device), dim, normalize, mean=mean),
+        lambda x, w: pool(reference.rms_norm(x, w, EPS), lengths(counts), dim, normalize),
+        [randn(17, 100), randn(100)],
+        dtype,
+        device,
+    )
+
+
+@DTYPES
+def test_norm_score(dtype, device):
+    torch.manual_seed(0)
+    counts = [1, 5, 9, 2]
+    direction = randn(100) * 0.1
+
+    def specification(x, w, d):
+        pooled = reference.pool(reference.rms_norm(x, w, EPS), lengths(counts), 100, False)
+        return torch.sigmoid(pooled @ d.to(pooled.dtype))
+
+    judge(
+        lambda x, w, d: norm_score(x, w, EPS, lengths(counts, device), d.float()),
+        specification,
+        [randn(17, 100), randn(100), direction],
+        dtype,
+        device,
+    )
+
+
+def test_near_ties_of_the_reranker_survive(device):
+    """Logits that differ by a part in a million of their size: the difference is taken in float32."""
+    x, w = torch.ones(1, 64, device=device), torch.ones(64, device=device)
+    yes_no = torch.full((2, 64), 100.0, device=device)
+    yes_no[0, 0] += 1e-4
+    found = norm_score(x, w, EPS, lengths([1], device), reference.yes_minus_no(yes_no))
+    assert 0.5 < found.item() < 0.50005
+
+
+@pytest.mark.parametrize("ops", ["attention", "swiglu", "qk_norm_rope", "rms_norm"])
+def test_non_contiguous_inputs(ops, device):
+    """Views of one fused matmul's output, as a fused qkv or gate_up projection gives them."""
+    torch.manual_seed(0)
+    fused = torch.randn(70, 8, 64, dtype=torch.float64).float()
+    cu = lengths([65, 5], device)
+    w = torch.randn(64, device=device)
+    turn = torch.randn(2, 70, 64, device=device)
+    functions = {
+        "attention": lambda x: attention(x[:, :4], x[:, 4:6], x[:, 6:], cu, cu, 65, 65),
+        "swiglu": lambda x: swiglu(x.flatten(1)[:, :256], x.flatten(1)[:, 256:]),
+        "qk_norm_rope": lambda x: qk_norm_rope(x[:, :4], x[:, 4:6], w, w, EPS, *turn),
+        "rms_norm": lambda x: rms_norm(x[::2, 1:3], w, EPS),
+    }
+    function = functions[ops]
+
+    def contiguous(x):
+        """The same views, copied: only their strides differ."""
+        with pytest.MonkeyPatch.context() as patch:
+            getitem = torch.Tensor.__getitem__
+            patch.setattr(torch.Tensor, "__getitem__", lambda t, i: getitem(t, i).contiguous())
+            return function(x)
+
+    _, found = results(function, [fused.to(device)])
+    _, expected = results(contiguous, [fused.to(device)])
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_backward_is_deterministic(device):
+    torch.manual_seed(0)
+    cu = lengths([200, 3, 90], device)
+    tensors = [torch.randn(293, heads, 64, device=device) for heads in (8, 2, 2)]
+    runs = [results(lambda q, k, v: attention(q, k, v, cu, cu, 200, 200), tensors)[1] for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_sequences_do_not_see_each_other(device):
+    """NaN in one sequence reaches no other, forward or backward."""
+    torch.manual_seed(0)
+    counts = [30, 70, 40]
+    cu = lengths(counts, device)
+    tensors = [torch.randn(140, heads, 64, device=device) for heads in (4, 2, 2)]
+    _, clean = results(lambda q, k, v: attention(q, k, v, cu, cu, 70, 70), tensors)
+    for x in tensors:
+        x[30:100] = math.nan
+    _, found = results(lambda q, k, v: attention(q, k, v, cu, cu, 70, 70), tensors)
+    for a, b in zip(found, clean, strict=True):
+        assert torch.equal(a[:30], b[:30])
+        assert torch.equal(a[100:], b[100:])
+        assert a[30:100].isnan().all()
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Tensors inside larger buffers of NaN; ``check`` fails on a write outside and on an output left unwritten."""
+    margin, made = 4096, []
+
+    def place(x, fill):
+        if not x.is_floating_point():
+            return x
+        buffer = torch.full((x.numel() + 2 * margin,), math.nan, dtype=x.dtype, device=x.device)
+        inside = buffer[margin : margin + x.numel()].view(x.shape)
+        if fill:
+            inside.copy_(x)
+        made.append((buffer, inside, fill))
+        return inside
+
+    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *a, **k: place(new_empty(x, *a, **k), False))
+    monkeypatch.setattr(torch, "empty_like", lambda x: place(empty_like(x), False))
+
+    def check():
+        outputs = 0
+        for buffer, inside, fill in made:
+            assert buffer[:margin].isnan().all()
+            assert buffer[len(buffer) - margin :].isnan().all()
+            assert not inside.isnan().any()
+            outputs += not fill
+        assert outputs > 0
+
+    return lambda *shape: place(torch.randn(*shape[:-1], device=shape[-1]), True), check
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("counts", [([65, 3, 1], [65, 3, 1]), ([1, 3, 70], [130, 3, 90])], ids=str)
+def test_attention_stays_in_bounds(counts, D, device, poisoned):
+    tensor, check = poisoned
+    q, k, v = (
+        tensor(sum(n), heads, D, device) for n, heads in zip((counts[0], *[counts[1]] * 2), (4, 2, 2), strict=True)
+    )
+    cu = [lengths(n, device) for n in counts]
+    out, lse = attention(q, k, v, *cu, 70, 130, return_lse=True)
+    attention_backward(tensor(*out.shape, device), tensor(*lse.shape, device), q, k, v, out, lse, *cu, True, [], [])
+    check()
+
+
+def test_other_kernels_stay_in_bounds(device, poisoned):
+    tensor, check = poisoned
+    x, w, q, k, a = (tensor(*s, device) for s in ((9, 100), (100,), (9, 3, 64), (9, 1, 64), (64,)))
+    leaves = [t.requires_grad_() for t in (x, w, q, k, a)]
+    cu = lengths([1, 5, 3], device)
+    cos, sin, direction = tensor(9, 64, device), tensor(9, 64, device), tensor(100, device)
+    outputs = [
+        rms_norm(x, w, EPS),
+        *add_rms_norm(x, w, EPS, x),
+        *qk_norm_rope(q, k, a, a, EPS, cos, sin),
+        swiglu(x, x),
+        norm_pool(x, w, EPS, cu, 33, True),
+        norm_pool(x, w, EPS, cu, 33, True, mean=True),
+        norm_score(x, w, EPS, cu, direction),
+    ]
+    torch.autograd.grad(outputs, leaves, [tensor(*o.shape, device) for o in outputs])
+    check()
+
+
+OPCHECK = {
+    "attention": lambda t: (t(9, 4, 64), t(9, 2, 64), t(9, 2, 64), lengths([4, 5]), lengths([4, 5]), True, False, []),
+    "rms_norm": lambda t: (t(9, 64), t(64), EPS, None, [4096, 4]),
+    "rms_norm ": lambda t: (t(9, 64), t(64), EPS, t(9, 64), [4096, 4]),
+    "qk_norm_rope": lambda t: (t(9, 4, 64), t(9, 2, 64), t(64), t(64), EPS, *torch.randn(2, 9, 64), [4, 8]),
+    "swiglu": lambda t: (t(9, 64), t(9, 64), [8, 512, 8]),
+    "norm_pool": lambda t: (t(9, 64), t(64), EPS, lengths([4, 5]), 32, True, False, False, [4]),
+    "norm_pool ": lambda t: (t(9, 64), t(64), EPS, lengths([4, 5]), 32, True, True, False, [4]),
+    "norm_score": lambda t: (t(9, 64), t(64), EPS, lengths([4, 5]), t(64), False, [4]),
+}
+
+
+@pytest.mark.parametrize("name", OPCHECK)
+def test_registration(name, device):
+    def leaf(*shape):
+        return torch.randn(*shape, device=device, requires_grad=True)
+
+    args = [x.to(device) if isinstance(x, torch.Tensor) and not x.requires_grad else x for x in OPCHECK[name](leaf)]
+    torch.library.opcheck(getattr(torch.ops.qwen3core, name.strip()).default, tuple(args))
+
+
+@pytest.mark.parametrize("kind", ["embedding", "reranker"])
+def test_whole_model(kind, device, request):
+    """ops="triton" is as exact as ops="reference", fused and watched, embedding and reranker, values and gradients."""
+    directory = request.getfixturevalue(f"{kind}_dir")
+
+    def run(ops, dtype, device):
+        model = load_model(directory, dtype=dtype, ops=ops, device=device, head=kind == "reranker")
+        batch = pack([list(range(3, 20)), [5], list(range(200, 270))], device=device)
+        head = (model.lm_head or model.embed_tokens).weight[[3, 4]]
+        out = model.embed(batch, dim=40) if kind == "embedding" else model.score(batch, head)
+        with capture(model, "layers.*.resid_mid", "final_norm") as acts, torch.no_grad():
+            watched = model.embed(batch, dim=40) if kind == "embedding" else model.score(batch, head)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out).to(out)).sum().backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        found = [out, watched, acts["final_norm"], acts["layers.3.resid_mid"], *grads]
+        return [x.detach().double().cpu() for x in found]
+
+    exact, plain = (run("reference", dtype, "cpu") for dtype in ("float64", "float32"))
+    for result in zip(run("triton", "float32", device), plain, exact, strict=True):
+        obeys(*([x] for x in result))
+
+
+def test_points_between_fused_operations_can_be_edited(embedding_dir, device):
+    batch = pack([[1, 2, 3]], device=device)
+    model = load_model(embedding_dir, dtype="float32", ops="triton", device=device)
+    with torch.no_grad():
+        before = model.embed(batch)
+        with edit(model, {"layers.1.resid_mid": lambda x: x + 1}):
+            changed = model.embed(batch)
+    assert (changed - before).abs().max() > 1e-3
+
+
+def test_compiles_without_graph_breaks(embedding_dir, device):
+    model = load_model(embedding_dir, dtype="float32", ops="triton", device=device)
+    batch = pack([[1, 2, 3], [4]], device=device)
+    compiled = torch.compile(model.embed, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(batch), model.embed(batch))
+
+
+def test_replacing_a_part_drops_what_is_fused_with_it():
+    ops = Ops.triton()
+    mine = dataclasses.replace(ops, rms_norm=reference.rms_norm)
+    assert (mine.add_rms_norm, mine.qk_norm_rope, mine.norm_pool, mine.norm_score) == (None, None, None, None)
+    assert dataclasses.replace(ops, swiglu=reference.swiglu).qk_norm_rope is ops.qk_norm_rope
+    turned = dataclasses.replace(ops, rope=lambda *args: args)
+    assert turned.qk_norm_rope is None
+    assert turned.add_rms_norm is ops.add_rms_norm
+    both = dataclasses.replace(ops, rms_norm=reference.rms_norm, qk_norm_rope=print)
+    assert both.qk_norm_rope is print  # given anew, in the same breath
+    assert "norm_pool" in repr(ops)
+    assert "norm_pool" not in repr(mine)
+
+
+def wrong(device):
+    """Calls that launchers must refuse, by what they must say."""
+    q, kv, x, w = (torch.zeros(*s, device=device) for s in ((6, 4, 64), (6, 2, 64), (6, 64), (64,)))
+    cu, cos = lengths([6], device), torch.zeros(6, 64, device=device)
+
+    def attend(q=q, k=kv, v=kv, cu_q=cu, cu_k=cu, **options):
+        return attention(q, k, v, cu_q, cu_k, 6, 6, debug=True, **options)
+
+    def turn(q=q, kv=kv, w=w, cos=cos):
+        return qk_norm_rope(q, kv, w, w, EPS, cos, cos)
+
+    def cu_of(*counts):
+        return lengths(counts, device)
+
+    return {
+        r"attention: v: expected \[Tk, Hkv, D\] with Tk = 6, Hkv = 2, D = 64, found \[5, 2, 64\]": lambda: attend(
+            v=kv[1:]
+        ),
+        r"attention: q: expected \[Tq, Hq, D\] with .*, found \[6, 64\]": lambda: attend(q=x),
+        r"attention: k: expected torch.float32, found torch.float16": lambda: attend(k=kv.half()),
+        r"attention: q: expected float32, bfloat16 or float16, found torch.float64": lambda: attend(q=q.double()),
+        r"attention: D: expected 64 or 128, found 32": lambda: attend(q[..., :32], kv[..., :32], kv[..., :32]),
+        r"attention: Hq: expected 1, 2, 4, 8 or 16 times Hkv = 2, found 3": lambda: attend(q=q[:, :3]),
+        r"attention: k: expected stride 1 along the last": lambda: attend(k=kv.mT.contiguous().mT),
+        r"attention: cu_seqlens_q: expected \[N \+ 1\] int32, .* found \[2\] torch.int64": lambda: attend(
+            cu_q=cu.long()
+        ),
+        r"attention: cu_seqlens_q: expected to go from 0 to 6": lambda: attend(cu_q=cu - 1),
+        r"attention: cu_seqlens_k: expected to go from 0 to 6 .*, found \[0, 5\]": lambda: attend(cu_k=cu_of(5)),
+        r"attention: cu_seqlens_q: expected to go .* steps of at least 0": lambda: attend(cu_q=cu_of(9, -3)),
+        r"expected cu_seqlens_q and cu_seqlens_k of one length, found 3 and 2": lambda: attend(cu_q=cu_of(3, 3)),
+        r"expected no more queries than keys, found 4 and 3": lambda: attend(cu_q=cu_of(4, 2), cu_k=cu_of(3, 3)),
+        r"rms_norm: weight: expected \[H\] with H = 64, found \[63\]": lambda: rms_norm(x, w[1:], EPS),
+        r"rms_norm: x: expected one to three dimensions": lambda: rms_norm(x[None, None], w, EPS),
+        r"rms_norm: eps: expected more than 0, found 0": lambda: rms_norm(x, w, 0.0),
+        r"rms_norm: residual: expected \[B, H\]": lambda: add_rms_norm(x, w, EPS, x[1:]),
+        r"qk_norm_rope: cos: expected \[T, D\]": lambda: turn(cos=cos[1:]),
+        r"qk_norm_rope: cos, sin: expected constants": lambda: turn(cos=cos.clone().requires_grad_()),
+        r"qk_norm_rope: D: .* found 48": lambda: turn(q[..., :48], kv[..., :48], w[:48], cos[:, :48]),
+        r"swiglu: up: expected \[T, I\]": lambda: swiglu(x, x[:, 1:]),
+        r"norm_pool: dim: expected 1 to 64, found 65": lambda: norm_pool(x, w, EPS, cu, 65, True),
+        r"norm_pool: cu_.* at least 1": lambda: norm_pool(x, w, EPS, cu_of(0, 6), 64, True, debug=True),
+        r"norm_score: direction: expected \[64\] float32": lambda: norm_score(x, w, EPS, cu, w.half()),
+    }
+
+
+def test_bad_input_is_refused_with_its_name(device):
+    for message, call in wrong(device).items():
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+def test_the_interpreter_refuses_bfloat16(device):
+    if device.type != "cpu":
+        pytest.skip("on a GPU bfloat16 is served")
+    x = torch.ones(2, 64, dtype=torch.bfloat16)
+    with pytest.raises(InputError, match="expected float32 or float16 in Triton's interpreter"):
+        swiglu(x, x)
+
+
+def test_cpu_tensors_need_the_interpreter(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    with pytest.raises(InputError, match=r"swiglu: expected tensors on a GPU \(or TRITON_INTERPRET=1 .*\), found cpu"):
+        swiglu(torch.ones(2, 64), torch.ones(2, 64))
