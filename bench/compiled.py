@@ -138,7 +138,7 @@ def table(targets=tuple(TARGETS), kernels=KERNELS, defaults=False):
         for size in SIZES:
             for file, default, run in cases(target, size):
                 compiled = []
-                if file in kernels and (default or not defaults and size == "0.6B"):
+                if file in kernels and (default or (not defaults and size == "0.6B")):
                     with compiling(target, compiled):
                         run()
                 for kernel in (k for k in compiled if k.hash not in seen):
