@@ -94,7 +94,7 @@ def keys_of(first, query, len_q, len_k, CAUSAL: tl.constexpr, QUERIES: tl.conste
     """
     if CAUSAL:
         before = len_k - len_q + first + 1
-        seen = tl.minimum(before + query, len_k)
+        seen = before + query
         full = before // BLOCK_N * BLOCK_N
         end = tl.minimum(before + QUERIES - 1, len_k)
     else:

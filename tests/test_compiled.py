@@ -1,0 +1,58 @@
+"""What the kernels compile to, for GPUs that are not here: bench/compiled.py, bounded."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+KERNELS = {
+    "attention_kernel",
+    "dq_kernel",
+    "dkdv_kernel",
+    "rms_norm_kernel",
+    "rms_norm_backward_kernel",
+    "qk_norm_rope_kernel",
+    "qk_norm_rope_backward_kernel",
+    "swiglu_kernel",
+    "swiglu_backward_kernel",
+    "norm_pool_kernel",
+    "norm_score_kernel",
+}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compiled")
+    runs = []
+    for targets in (["sm_80", "gfx942"], ["sm_90", "sm_100"]):  # two processors, two processes
+        file = folder / f"{targets[0]}.json"
+        command = [sys.executable, ROOT / "bench" / "compiled.py", "--json", file, "--target", *targets]
+        runs.append((file, subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)))
+    found = []
+    for file, run in runs:
+        out, _ = run.communicate(timeout=1800)
+        assert run.returncode == 0, out.decode()
+        found += json.loads(file.read_text("utf-8"))
+    return found
+
+
+def test_every_kernel_compiles_for_every_target(rows):
+    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        assert {row["kernel"] for row in rows if row["target"] == target and row["default"]} == KERNELS, target
+
+
+def test_default_configurations_do_not_spill(rows):
+    assert [row for row in rows if row["default"] and row["spill"]] == []
+
+
+def test_every_configuration_fits_into_shared_memory(rows):
+    assert [row for row in rows if row["shared"] > row["of"]] == []
+
+
+@pytest.mark.parametrize("kernel", ["attention_kernel", "dq_kernel", "dkdv_kernel"])
+def test_attention_uses_hoppers_tensor_cores(rows, kernel):
+    found = [row["tensor"] for row in rows if (row["target"], row["kernel"]) == ("sm_90", kernel)]
+    assert len(found) >= 2
+    assert all(tensor.endswith(" HGMMA") for tensor in found), found
