@@ -47,7 +47,7 @@ def require_runnable(op: str, x: Tensor) -> None:
             f"{op}: expected tensors on a GPU (or TRITON_INTERPRET=1 in the environment), found {x.device}"
         )
     if x.dtype == torch.bfloat16 and INTERPRETED:
-        raise InputError(f"{op}: expected float32 or float16 in Triton's interpreter, which is wrong in bfloat16")
+        raise InputError(f"{op}: expected dtype float32 or float16: Triton's interpreter is wrong in bfloat16")
 
 
 def check_cu_seqlens(op: str, name: str, cu_seqlens: Tensor, like: Tensor, shortest: int, debug: bool) -> None:
