@@ -35,15 +35,20 @@ step() {
 
 step environment 20 0 "$python" -c 'import sys; sys.path.append("bench"); import harness, torch
 print(harness.environment(torch.device("cuda")))'
-step tests 180 1 "$python" -m pytest -q -m gpu "${tests[@]}"
+# Most of the time goes into compiling: one process for each dtype.
+step tests 220 1 bash -c 'for part in torch.float32 torch.float16 torch.bfloat16 "not torch."; do
+    "$0" -m pytest -q -m gpu -p no:cacheprovider -k "$part" "$@" & parts+=($!)
+  done
+  for part in "${parts[@]}"; do wait "$part" || failed=1; done
+  exit ${failed:-0}' "$python" "${tests[@]}"
 if command -v compute-sanitizer > /dev/null; then
   # The caching allocator would hide what lies beyond a tensor.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step memcheck 80 1 compute-sanitizer --tool memcheck --error-exitcode 9 \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step memcheck 60 1 compute-sanitizer --tool memcheck --error-exitcode 9 \
     --target-processes all "$python" -m pytest -q -m gpu -k "$small" "${tests[@]}"
 else
   summary+="memcheck     not run: no compute-sanitizer on PATH"$'\n'
 fi
-step bench 220 0 "$python" bench/bench_kernels.py --out "$out"
+step bench 200 0 "$python" bench/bench_kernels.py --out "$out"
 for folder in "$out"/*/; do
   step plot 20 0 "$python" bench/plot.py "$folder"
 done

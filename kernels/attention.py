@@ -80,6 +80,18 @@ def sequence_of(tile, cu_seqlens, N, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def queries_of(cu_seqlens_q, cu_seqlens_k, N, QUERIES: tl.constexpr):
+    """This program's tile of QUERIES queries: (start in q, length, first query, start in k, length) of its sequence.
+
+    The last tile of a sequence comes first, having the most keys. The first query is negative where there is no tile.
+    """
+    n, q_start, len_q, tile = sequence_of(tl.program_id(0), cu_seqlens_q, N, QUERIES)
+    k_start = tl.load(cu_seqlens_k + n)
+    len_k = tl.load(cu_seqlens_k + n + 1) - k_start
+    return q_start, len_q, (tl.cdiv(len_q, QUERIES) - 1 - tile) * QUERIES, k_start.to(tl.int64), len_k
+
+
+@triton.jit
 def rows_of(GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     """Row r of a query tile is (query r // GROUP of the tile, head r % GROUP of the group), [BLOCK_M] each."""
     row = tl.arange(0, BLOCK_M)
@@ -130,19 +142,16 @@ def attend(acc, m, total, q, k, k_stride, v, v_stride, start, end, seen, len_k, 
     return acc, m, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def attention_kernel(q, q_strides, k, k_strides, v, v_strides, out, lse, cu_seqlens_q, cu_seqlens_k, N, scale,
                      CAUSAL: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
                      BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     GROUP: tl.constexpr = HQ // HKV
     QUERIES: tl.constexpr = BLOCK_M // GROUP
-    n, q_start, len_q, tile = sequence_of(tl.program_id(0), cu_seqlens_q, N, QUERIES)
-    if tile * QUERIES >= len_q:
+    q_start, len_q, first, k_start, len_k = queries_of(cu_seqlens_q, cu_seqlens_k, N, QUERIES)
+    if first < 0:
         return
-    first = (tl.cdiv(len_q, QUERIES) - 1 - tile) * QUERIES
     head = tl.program_id(1)
-    k_start = tl.load(cu_seqlens_k + n).to(tl.int64)
-    len_k = tl.load(cu_seqlens_k + n + 1) - k_start.to(tl.int32)
     token = (q_start + first).to(tl.int64)
     q += token * q_strides[0] + head * GROUP * q_strides[1]
     k += k_start * k_strides[0] + head * k_strides[1]
@@ -185,20 +194,17 @@ def keys_gradient(dq, q, dout, lse, delta, k, v, stride, start, end, seen, len_k
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def dq_kernel(q, k, v, out, lse, dout, dlse, delta, dq, cu_seqlens_q, cu_seqlens_k, N, scale,
               CAUSAL: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
               BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     """dq, and delta [Tq, Hq] for the other kernel; all contiguous."""
     GROUP: tl.constexpr = HQ // HKV
     QUERIES: tl.constexpr = BLOCK_M // GROUP
-    n, q_start, len_q, tile = sequence_of(tl.program_id(0), cu_seqlens_q, N, QUERIES)
-    if tile * QUERIES >= len_q:
+    q_start, len_q, first, k_start, len_k = queries_of(cu_seqlens_q, cu_seqlens_k, N, QUERIES)
+    if first < 0:
         return
-    first = (tl.cdiv(len_q, QUERIES) - 1 - tile) * QUERIES
     head = tl.program_id(1)
-    k_start = tl.load(cu_seqlens_k + n).to(tl.int64)
-    len_k = tl.load(cu_seqlens_k + n + 1) - k_start.to(tl.int32)
     k += (k_start * HKV + head) * D
     v += (k_start * HKV + head) * D
     query, head_q = rows_of(GROUP, BLOCK_M)
@@ -243,7 +249,7 @@ def queries_gradient(dk, dv, keys, values, key, q, dout, lse, delta, start, end,
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def dkdv_kernel(q, k, v, lse, dout, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, N, scale,
                 CAUSAL: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip

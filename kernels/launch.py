@@ -1,4 +1,8 @@
-"""What all launchers share: checks of arguments, and the launch itself."""
+"""What all launchers share: checks of arguments, and the launch itself.
+
+Numbers that change from batch to batch are in each kernel's ``do_not_specialize``: Triton would otherwise compile again
+for 1 and for multiples of 16.
+"""
 
 from typing import Any
 

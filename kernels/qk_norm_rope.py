@@ -54,7 +54,7 @@ def rotate(x, strides, out, out_strides, weight, token, cos1, cos2, sin1, sin2, 
     tl.store(out + at + half, y2 * cos2 + y1 * sin2, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def qk_norm_rope_kernel(q, q_strides, q_out, q_out_strides, q_weight, k, k_strides, k_out, k_out_strides, k_weight,
                         cos, sin, T, eps, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, TOKENS: tl.constexpr,
                         BLOCK_HQ: tl.constexpr, BLOCK_HKV: tl.constexpr):  # fmt: skip
@@ -97,7 +97,7 @@ def rotate_back(dout, x, strides, dx, weight, token, cos1, cos2, sin1, sin2, eps
     return dw1, tl.sum(dy2 * n2.to(x2.dtype).to(tl.float32), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def qk_norm_rope_backward_kernel(dq_out, q, q_strides, dq, q_weight, dk_out, k, k_strides, dk, k_weight, cos, sin, dw,
                                  T, eps, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
                                  BLOCK_HQ: tl.constexpr, BLOCK_HKV: tl.constexpr):  # fmt: skip

@@ -51,7 +51,7 @@ def tile_of(tile, R, B, strides, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: t
     return row // B * strides[0] + row % B * strides[1] + column, row * H + column, (row < R) & (column < H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def rms_norm_kernel(x, strides, residual, residual_strides, weight, y, s, R, B, eps, ADD: tl.constexpr,
                     H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     offsets, packed, mask = tile_of(tl.program_id(0), R, B, strides, H, ROWS, BLOCK_H)
@@ -66,7 +66,7 @@ def rms_norm_kernel(x, strides, residual, residual_strides, weight, y, s, R, B, 
     tl.store(y + packed, normed(rows, w, eps, H)[0], mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def rms_norm_backward_kernel(dy, ds, x, strides, weight, dx, dw, R, B, eps, ADD: tl.constexpr, H: tl.constexpr,
                              ROWS: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     column = tl.arange(0, BLOCK_H)
@@ -158,10 +158,10 @@ _forward.register_autograd(_autograd, setup_context=_setup)
 def _sizes(x: Tensor, config: Sequence[int]) -> dict[str, int]:
     H, (elements, warps) = x.shape[-1], config
     block = triton.next_power_of_2(H)
-    inner = x.shape[-2] if x.dim() > 1 else 1
+    inner = x.shape[1] if x.dim() == 3 else 1
     rows = x.numel() // max(H, 1)
     return {"R": rows, "B": inner, "H": H, "ROWS": max(elements // block, 1), "BLOCK_H": block, "num_warps": warps}
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
-    return (0, 0, *x.stride()[:-1])[-2:]
+    return (*x.stride()[:-1], 0, 0)[:2]

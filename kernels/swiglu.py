@@ -31,7 +31,7 @@ def tile_of(T, width, stride_gate, stride_up, ROWS: tl.constexpr, BLOCK: tl.cons
     return row * stride_gate + column, row * stride_up + column, row * width + column, mask
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def swiglu_kernel(gate, up, y, T, width, stride_gate, stride_up, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     at_gate, at_up, packed, mask = tile_of(T, width, stride_gate, stride_up, ROWS, BLOCK)
     g = tl.load(gate + at_gate, mask=mask).to(tl.float32)
@@ -40,7 +40,7 @@ def swiglu_kernel(gate, up, y, T, width, stride_gate, stride_up, ROWS: tl.conste
     tl.store(y + packed, silu * u, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def swiglu_backward_kernel(dy, gate, up, dgate, dup, T, width, stride_gate, stride_up, ROWS: tl.constexpr,
                            BLOCK: tl.constexpr):  # fmt: skip
     at_gate, at_up, packed, mask = tile_of(T, width, stride_gate, stride_up, ROWS, BLOCK)
