@@ -117,10 +117,10 @@ def usage(kernel):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, spill = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
-    tensor = re.findall(r"\b(HGMMA|UTCHMMA|HMMA)\b", kernel.asm["sass"])
+    tensor = re.findall(r"\b(HGMMA|UTCHMMA|HMMA)\b", text)
     return {"registers": registers, "spill": spill, "tensor": f"{len(tensor)} {' '.join(sorted(set(tensor)))}"}
 
 

@@ -474,6 +474,9 @@ OPCHECK = {
     "rms_norm": lambda t: (t(9, 64), t(64), EPS, None, [4096, 4]),
     "rms_norm ": lambda t: (t(9, 64), t(64), EPS, t(9, 64), [4096, 4]),
     "qk_norm_rope": lambda t: (t(9, 4, 64), t(9, 2, 64), t(64), t(64), EPS, *torch.randn(2, 9, 64), [4, 8]),
+    "qk_norm_rope_": lambda t: [
+        x.detach() if isinstance(x, torch.Tensor) else x for x in OPCHECK["qk_norm_rope"](t)[:-1]
+    ],
     "swiglu": lambda t: (t(9, 64), t(9, 64), [8, 512, 8]),
     "norm_pool": lambda t: (t(9, 64), t(64), EPS, lengths([4, 5]), 32, True, False, False, [4]),
     "norm_pool ": lambda t: (t(9, 64), t(64), EPS, lengths([4, 5]), 32, True, True, False, [4]),

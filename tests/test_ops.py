@@ -100,6 +100,12 @@ def test_unknown_ops_set():
         resolve("cuda")
 
 
+def test_auto_is_triton_on_a_gpu_and_torch_elsewhere():
+    assert resolve("auto", torch.device("cuda")) == Ops.triton()
+    assert resolve("auto", torch.device("cpu")) == resolve("auto") == Ops.torch()
+    assert resolve("torch", torch.device("cuda")) == Ops.torch()
+
+
 def test_pool_cuts_then_normalises():
     hidden = torch.tensor([[9.0, 9, 9], [3, 4, 12], [0, 5, 5]], dtype=torch.bfloat16)
     pooled = reference.pool(hidden, lengths(2, 1), 2, True)
