@@ -36,7 +36,6 @@ TARGETS = {
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 """Bytes for one block: CUDA programming guide, technical specifications; CDNA 3 instruction set, LDS."""
 KERNELS = ("attention", "rms_norm", "qk_norm_rope", "swiglu", "pooling")
-FAMILIES = {"sm_80": "cuda", "sm_90": "hopper", "sm_100": "hopper", "gfx942": "hip"}
 # Heads (query, key) and hidden sizes: 0.6B, 8B
 SIZES = {"0.6B": (16, 8, 1024, 3072), "8B": (32, 8, 4096, 12288)}
 
@@ -75,6 +74,7 @@ def compiling(target, compiled):
 
 def cases(target, size):
     """(kernel's file, default?, launch) of all that is to be compiled, defaults first."""
+    driver.set_active(Pretender(target))
     hq, hkv, hidden, inner = SIZES[size]
     q, k = (torch.empty(64, heads, 128, dtype=torch.bfloat16) for heads in (hq, hkv))
     x, gate = (torch.empty(64, width, dtype=torch.bfloat16) for width in (hidden, inner))
@@ -82,12 +82,14 @@ def cases(target, size):
     cu = torch.tensor([0, 32, 64], dtype=torch.int32)
     saved, turned = (q, lse, q, k, k, q, lse, cu, cu, True), (q, k, head_w, head_w, 1e-6, cos, cos)
 
+    family = attention._family(q)
+
     def launches(file, configs, *functions):
         for config in configs:
             for function in functions:
                 yield file, config == configs[0], partial(function, config=config)
 
-    forward, dq, dkdv = (attention.CONFIGS[name][FAMILIES[target]] for name in ("forward", "dq", "dkdv"))
+    forward, dq, dkdv = (attention.CONFIGS[name][family] for name in ("forward", "dq", "dkdv"))
     yield from launches("attention", forward, partial(attention.attention, q, k, k, cu, cu, 32, 32))
     yield from launches("attention", dq, lambda config: attention.attention_backward(*saved, config, dkdv[0]))
     yield from launches("attention", dkdv, lambda config: attention.attention_backward(*saved, dq[0], config))

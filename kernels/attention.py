@@ -346,7 +346,8 @@ def attention_backward(
     cu_seqlens_k: Tensor, causal: bool, dq_config: Sequence[int], dkdv_config: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv), contiguous, from what ``attention`` got and returned; an empty config is the default."""
-    q, k, v, dout, dlse, delta = (x.contiguous() for x in (q, k, v, dout, dlse, torch.empty_like(lse)))
+    q, k, v, dout, dlse = (x.contiguous() for x in (q, k, v, dout, dlse))
+    delta = torch.empty_like(lse)
     dq, dk, dv = _backward_fake(dout, dlse, q, k, v)
     shared = (cu_seqlens_q, cu_seqlens_k, causal)
     _launch("dq", dq_config, q, k, (q, k, v, out, lse, dout, dlse, delta, dq), *shared)
