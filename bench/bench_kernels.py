@@ -301,7 +301,7 @@ def add_rms_norm_rows(size: tuple[int, ...], T: int, b: int) -> Rows:
 
 def qk_norm_rope_rows(size: tuple[int, ...], T: int, b: int) -> Rows:
     def formula(norm, q, k, wq, wk):
-        return reference.rope(norm(q, wq, EPS), norm(k, wk, EPS), cos, sin)
+        return tuple(reference.rope(norm(x, w, EPS), cos, sin) for x, w in ((q, wq), (k, wk)))
 
     def liger(q, k, wq, wk):
         from liger_kernel.ops.rope import LigerRopeFunction

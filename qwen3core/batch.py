@@ -1,69 +1,145 @@
-"""Sequences of any lengths, laid end to end: packed, never padded."""
+"""Sequences of any lengths, laid end to end: packed, never padded; what sequences begin with in common, only once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .errors import InputError, check_int
 
+ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Which rows of a packed batch attend to which: what ``ops.attention`` takes, and the rows to hand it."""
+
+    queries: Tensor | slice
+    """Rows that ask, sequence after sequence: [Tq] int64, or all."""
+    keys: Tensor | slice
+    """Rows that each of these sequences sees: [Tk] int64, or all."""
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """``N`` sequences in ``T`` tokens; sequence n is rows ``cu_seqlens[n]:cu_seqlens[n + 1]`` of any packed tensor."""
+    """``N`` texts in ``T`` tokens; sequence n is rows ``cu_seqlens[n]:cu_seqlens[n + 1]`` of any packed tensor.
+
+    Sequences are the shared heads, if any, and then the texts (without their heads).
+    """
 
     input_ids: Tensor
     """[T] int64."""
     position_ids: Tensor
-    """[T] int64, from 0 in each sequence."""
+    """[T] int64, from 0 in each text, its head included."""
     cu_seqlens: Tensor
-    """[N + 1] int32, from 0 to T."""
+    """[sequences + 1] int32, from 0 to T."""
     max_seqlen: int
     indices: tuple[int, ...]
-    """[N], where each sequence stood in the caller's list."""
+    """[N], where each text stood in the caller's list."""
+    all: Reach
+    """Every token attends to its text up to itself."""
+    last: Reach
+    """So does only the last token of each text."""
 
 
 def pack(
-    sequences: Sequence[Sequence[int]], *, device: torch.device | str = "cpu", indices: Sequence[int] | None = None
+    sequences: Sequence[Sequence[int]],
+    *,
+    device: torch.device | str = "cpu",
+    indices: Sequence[int] | None = None,
+    heads: Sequence[tuple[int, ...]] | None = None,
 ) -> PackedBatch:
-    """Lay token id lists end to end on ``device``. Raises InputError for an empty list or an empty sequence."""
+    """Lay token id lists end to end on ``device``.
+
+    heads: for each sequence, ids that it begins with and continues; equal heads are laid down, and so computed, once.
+    Raises InputError for an empty list or an empty sequence.
+    """
     lengths = [len(s) for s in sequences]
     if not lengths or min(lengths) == 0:
         raise InputError(f"pack: expected one or more sequences of at least one token, found lengths {lengths[:8]}")
-    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    heads = heads or [()] * len(sequences)
+    shared = [head for head in dict.fromkeys(heads) if head]
+    rows = [*shared, *(s[len(head) :] for s, head in zip(sequences, heads, strict=True))]
+    before = [()] * len(shared) + list(heads)
+    cu_seqlens = _cumulated([len(row) for row in rows])
+    starts = cu_seqlens.tolist()
+    position_ids = torch.cat([torch.arange(len(h), len(h) + len(r)) for h, r in zip(before, rows, strict=True)])
+
+    put = partial(to_device, device=device)
+    cu, longest = put(cu_seqlens), max(len(row) for row in rows)
+    keys, keys_of_texts, cu_keys, cu_keys_of_texts = ALL, ALL, cu, cu
+    if shared:
+        first = dict(zip(shared, starts, strict=False))
+        seen = [
+            torch.cat([torch.arange(len(h)) + first.get(h, 0), torch.arange(start, start + len(r))])
+            for h, r, start in zip(before, rows, starts, strict=False)
+        ]
+        keys, keys_of_texts = put(torch.cat(seen)), put(torch.cat(seen[len(shared) :]))
+        cu_keys, cu_keys_of_texts = put(_cumulated([len(s) for s in seen])), put(_cumulated(lengths))
+    ends = put(cu_seqlens[len(shared) + 1 :].long() - 1)
+    ones = put(torch.arange(len(lengths) + 1, dtype=torch.int32))
     return PackedBatch(
-        input_ids=torch.tensor([i for s in sequences for i in s]).to(device),
-        position_ids=torch.cat([torch.arange(n) for n in lengths]).to(device),
-        cu_seqlens=cu_seqlens.to(device),
-        max_seqlen=max(lengths),
+        input_ids=put(torch.tensor([i for row in rows for i in row])),
+        position_ids=put(position_ids),
+        cu_seqlens=cu,
+        max_seqlen=longest,
         indices=tuple(indices) if indices is not None else tuple(range(len(lengths))),
+        all=Reach(ALL, keys, cu, cu_keys, longest, max(lengths)),
+        last=Reach(ends, keys_of_texts, ones, cu_keys_of_texts, 1, max(lengths)),
     )
 
 
-def plan(lengths: Sequence[int], batch_tokens: int | None) -> list[list[int]]:
-    """Group sequence indices, longest first, so that each group holds at most ``batch_tokens`` tokens.
+def shared_heads(
+    sequences: Sequence[Sequence[int]], prefixes: Sequence[tuple[int, ...]]
+) -> list[tuple[int, ...]]:
+    """For each sequence, as much of its prefix as all sequences of that prefix begin with, and continue.
 
-    ``None`` means 8192, or the longest sequence where that is more. Raises InputError where one sequence alone
-    exceeds the budget.
+    On ids, since a prefix's last characters and what follows them may be one token.
     """
-    if not lengths:
-        return []
-    if batch_tokens is not None:
-        check_int("batch_tokens", batch_tokens, 1)
-    longest = max(lengths)
-    budget = max(8192, longest) if batch_tokens is None else batch_tokens
-    if budget < longest:
-        raise InputError(
-            f"batch_tokens: expected at least {longest}, the length in tokens of the longest input "
-            f"(index {list(lengths).index(longest)}), found {batch_tokens}"
-        )
+    lengths: dict[tuple[int, ...], int] = {}
+    for sequence, prefix in zip(sequences, prefixes, strict=True):
+        n = min(lengths.get(prefix, len(prefix)), len(sequence) - 1)
+        while prefix[:n] != tuple(sequence[:n]):
+            n -= 1
+        lengths[prefix] = n
+    return [prefix[: lengths[prefix]] for prefix in prefixes]
+
+
+def plan(
+    lengths: Sequence[int], batch_tokens: int, heads: Sequence[tuple[int, ...]] | None = None
+) -> list[list[int]]:
+    """Group sequence indices so that each group lays down at most ``batch_tokens`` tokens, or is one longer sequence.
+
+    Longest first among sequences of one head, which a group counts once.
+    """
+    check_int("batch_tokens", batch_tokens, 1)
+    heads = heads or [()] * len(lengths)
+    number = {head: i for i, head in enumerate(dict.fromkeys(heads))}
     groups: list[list[int]] = []
-    room = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if lengths[index] > room:
+    room, laid = 0, None
+    for index in sorted(range(len(lengths)), key=lambda i: (number[heads[i]], -lengths[i])):
+        head = heads[index]
+        cost = lengths[index] - (len(head) if head == laid else 0)
+        if cost > room or not groups:
             groups.append([])
-            room = budget
+            room, cost = batch_tokens, lengths[index]
         groups[-1].append(index)
-        room -= lengths[index]
+        room, laid = room - cost, head
     return groups
+
+
+def _cumulated(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """Copy to ``device``; to a GPU without waiting for it."""
+    if torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)

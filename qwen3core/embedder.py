@@ -51,10 +51,12 @@ class Embedder(Pretrained):
             check_int("truncate_dim", truncate_dim, 1, hidden_size)
             if truncate_dim < 32:
                 warn(f"truncate_dim={truncate_dim}: the models are trained for 32 and more")
-        if prompt:
-            texts = [prompt + text if isinstance(text, str) else text for text in texts]
+        [prefix] = self.tokenizer.content([prompt])
+        texts = [prompt + text if isinstance(text, str) else text for text in texts]
         embeddings = self.run(
-            self.tokenizer.embedding(texts, self.max_length),
+            texts,
+            [tuple(prefix)] * len(texts),
+            lambda contents: self.tokenizer.close(contents, self.max_length),
             lambda batch: self.model.embed(batch, dim=truncate_dim, normalize=normalize_embeddings),
             truncate_dim or hidden_size,
             batch_tokens=batch_tokens,

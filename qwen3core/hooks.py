@@ -10,6 +10,9 @@
 
 Both nest, in any mix: a point passes through them in the order in which they were entered, so an inner capture
 sees what an outer edit made. They are gone when their block ends, however it ends.
+
+Inside the block everything is computed, every text and token in every layer; a call outside leaves out what its result
+does not need, and may differ in the last bits.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -56,7 +59,7 @@ class Taps:
     def scope(self, batch: PackedBatch, prefix: str = "") -> Tap:
         """A function of (name below prefix, tensor); the identity while nothing is in force."""
         if not self.active:
-            return _identity
+            return untapped
 
         def tap(name: str, x: Tensor) -> Tensor:
             for each in self.active:
@@ -66,7 +69,7 @@ class Taps:
         return tap
 
 
-def _identity(name: str, x: Tensor) -> Tensor:
+def untapped(name: str, x: Tensor) -> Tensor:
     return x
 
 
@@ -98,7 +101,7 @@ class Activations(Mapping[str, Tensor]):
         texts: dict[int, Tensor] = {}
         for batch, x in self._passes(name):
             lengths = batch.cu_seqlens.diff().tolist()
-            parts = x.unbind(0) if name == "pooled" else x.split(lengths)
+            parts = x.unbind(0) if name == "pooled" else x.split(lengths)[-len(batch.indices) :]
             for index, part in zip(batch.indices, parts, strict=True):
                 if index in texts:
                     raise InputError(f"per_text({name!r}): expected one call in the capture, found text {index} twice")

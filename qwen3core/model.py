@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batch import PackedBatch
+from .batch import ALL, PackedBatch, Reach
 from .config import Qwen3Config
-from .hooks import Tap, Taps
+from .hooks import Tap, Taps, untapped
 from .ops import Ops, resolve
 from .reference import p_yes, yes_minus_no
+
+
+MLP_ROWS = 2048
+"""Tokens that go through an MLP at a time: its activations are the widest of a layer."""
 
 
 class RMSNorm(nn.Module):
@@ -42,16 +46,21 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)  # per head, before RoPE
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: PackedBatch, ops: Ops, tap: Tap) -> Tensor:
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, reach: Reach, ops: Ops, tap: Tap) -> Tensor:
+        rows = reach.queries
+        q, k, v = (
+            proj(y).unflatten(-1, (-1, self.head_dim))
+            for proj, y in ((self.q_proj, x[rows]), (self.k_proj, x), (self.v_proj, x))
+        )
         v = tap("v", v)
-        if ops.qk_norm_rope:
+        if ops.qk_norm_rope and rows is ALL:
             q, k = ops.qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, cos, sin)
         else:
-            q, k = ops.rope(self.q_norm(ops.rms_norm, q), self.k_norm(ops.rms_norm, k), cos, sin)
+            q = ops.rope(self.q_norm(ops.rms_norm, q), cos[rows], sin[rows])
+            k = ops.rope(self.k_norm(ops.rms_norm, k), cos, sin)
         q, k = tap("q", q), tap("k", k)
-        lengths = (batch.cu_seqlens, batch.cu_seqlens, batch.max_seqlen, batch.max_seqlen)
-        z = tap("z", ops.attention(q, k, v, *lengths))
+        lengths = (reach.cu_seqlens_q, reach.cu_seqlens_k, reach.max_seqlen_q, reach.max_seqlen_k)
+        z = tap("z", ops.attention(q, k[reach.keys], v[reach.keys], *lengths))
         return self.o_proj(z.flatten(-2))
 
 
@@ -63,7 +72,10 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, ops: Ops, tap: Tap) -> Tensor:
-        return self.down_proj(tap("mlp_act", ops.swiglu(self.gate_proj(x), self.up_proj(x))))
+        blocks = x.split(MLP_ROWS) if tap is untapped else [x]
+        return torch.cat(
+            [self.down_proj(tap("mlp_act", ops.swiglu(self.gate_proj(y), self.up_proj(y)))) for y in blocks]
+        )
 
 
 class DecoderLayer(nn.Module):
@@ -74,11 +86,12 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, batch: PackedBatch, ops: Ops, tap: Tap) -> Tensor:
-        """The residual stream [T, H] through one layer."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, reach: Reach, ops: Ops, tap: Tap) -> Tensor:
+        """The residual stream [T, H] through one layer, of which ``reach.queries`` go on."""
         x = tap("resid_pre", x)
         attn_norm = tap("attn_norm", self.input_layernorm(ops.rms_norm, x))
-        attn_out = tap("attn_out", self.self_attn(attn_norm, cos, sin, batch, ops, tap))
+        attn_out = tap("attn_out", self.self_attn(attn_norm, cos, sin, reach, ops, tap))
+        x = x[reach.queries]
         if ops.add_rms_norm:
             mlp_norm, x = self.post_attention_layernorm(ops.add_rms_norm, x, attn_out)
         else:
@@ -107,14 +120,18 @@ class Qwen3Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if lm_head else None
 
-    def residual(self, batch: PackedBatch) -> Tensor:
-        """The residual stream [T, H] out of the last layer, before the final norm."""
+    def residual(self, batch: PackedBatch, *, last: bool = False) -> Tensor:
+        """The residual stream [T, H] out of the last layer, before the final norm.
+
+        last: only each text's last token [N, H] goes through the last layer, which the others reach as keys and values.
+        """
         x = self.taps.scope(batch)("embed", self.embed_tokens(batch.input_ids))
         cos, sin = rope_cos_sin(batch.position_ids, self.config, x.dtype)
         # Fused, the point between add and norm could not be edited.
         ops = replace(self.ops, add_rms_norm=None) if self.taps.active else self.ops
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, batch, ops, self.taps.scope(batch, f"layers.{i}."))
+            reach = batch.last if last and i == len(self.layers) - 1 else batch.all
+            x = layer(x, cos, sin, reach, ops, self.taps.scope(batch, f"layers.{i}."))
         return x
 
     def forward(self, batch: PackedBatch) -> Tensor:
@@ -124,22 +141,26 @@ class Qwen3Model(nn.Module):
     def pool(
         self, hidden_states: Tensor, batch: PackedBatch, *, dim: int | None = None, normalize: bool = True
     ) -> Tensor:
-        """Each sequence's last hidden state, cut to ``dim``, normalised; [T, H] to [N, dim] float32."""
-        pooled = self.ops.pool(hidden_states, batch.cu_seqlens, dim or self.config.hidden_size, normalize)
+        """Each text's last hidden state, cut to ``dim``, normalised; [T, H] to [N, dim] float32."""
+        cu_seqlens = batch.cu_seqlens[-len(batch.indices) - 1 :]
+        pooled = self.ops.pool(hidden_states, cu_seqlens, dim or self.config.hidden_size, normalize)
         return self.taps.scope(batch)("pooled", pooled)
 
     def embed(self, batch: PackedBatch, *, dim: int | None = None, normalize: bool = True) -> Tensor:
-        """``pool(forward(batch))``, in one kernel where ops has it and no point is watched; [N, dim] float32."""
-        if self.ops.norm_pool is None or self.taps.active:
+        """``pool(forward(batch))``, of the last layer no more than that needs unless a point is watched; [N, dim]."""
+        if self.taps.active:
             return self.pool(self(batch), batch, dim=dim, normalize=normalize)
-        width = dim or self.config.hidden_size
-        return self.norm(self.ops.norm_pool, self.residual(batch), batch.cu_seqlens, width, normalize)
+        x, rows, width = self.residual(batch, last=True), batch.last.cu_seqlens_q, dim or self.config.hidden_size
+        if self.ops.norm_pool:
+            return self.norm(self.ops.norm_pool, x, rows, width, normalize)
+        return self.ops.pool(self.norm(self.ops.rms_norm, x), rows, width, normalize)
 
     def score(self, batch: PackedBatch, yes_no: Tensor) -> Tensor:
         """P(yes) [N] float32 of each sequence's last hidden state, from the rows of yes and no [2, H] of the head."""
         if self.ops.norm_score is None or self.taps.active:
             return p_yes(self.embed(batch, normalize=False), yes_no)
-        return self.norm(self.ops.norm_score, self.residual(batch), batch.cu_seqlens, yes_minus_no(yes_no))
+        x, rows = self.residual(batch, last=True), batch.last.cu_seqlens_q
+        return self.norm(self.ops.norm_score, x, rows, yes_minus_no(yes_no))
 
     def extra_repr(self) -> str:
         return f"{self.config},\n{self.ops}"

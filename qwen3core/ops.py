@@ -32,7 +32,7 @@ class Ops:
     """One implementation of each operation. Signatures, shapes and precision: ``reference.py``, same names."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    rope: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
     swiglu: Callable[[Tensor, Tensor], Tensor]
     pool: Callable[[Tensor, Tensor, int, bool], Tensor]
@@ -40,7 +40,7 @@ class Ops:
     add_rms_norm: Callable[[Tensor, Tensor, float, Tensor], tuple[Tensor, Tensor]] | None = None
     """(x, weight, eps, residual) to (rms_norm(x + residual), x + residual)"""
     qk_norm_rope: Callable[..., tuple[Tensor, Tensor]] | None = None
-    """(q, k, q_weight, k_weight, eps, cos, sin) to rope(rms_norm(q), rms_norm(k))"""
+    """(q, k, q_weight, k_weight, eps, cos, sin) to rope(rms_norm(q)), rope(rms_norm(k))"""
     norm_pool: Callable[[Tensor, Tensor, float, Tensor, int, bool], Tensor] | None = None
     """(x, weight, eps, cu_seqlens, dim, normalize) to pool(rms_norm(x))"""
     norm_score: Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor] | None = None

@@ -161,9 +161,8 @@ def _ours(
 
     with torch.no_grad():
         with capture(model, "embed", "layers.*.resid_post", "final_norm") as acts:
-            result = run()
-        if model.ops.norm_pool or model.ops.norm_score:  # again unwatched, for what is fused to be compared too
-            result = run()
+            run()
+        result = run()  # again, unwatched: what is fused, and the last layer for last tokens only, is compared too
     return dict(acts) | {"pooled" if head is None else "score": result}
 
 

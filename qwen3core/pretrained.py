@@ -1,6 +1,8 @@
 """What the two jobs share: an open checkpoint (model and tokenizer) and the run over batches."""
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .batch import PackedBatch, pack, plan
+from .batch import PackedBatch, pack, plan, shared_heads, to_device
 from .config import read_json
 from .errors import InputError, check_int
 from .model import Qwen3Model
@@ -17,7 +19,11 @@ from .tokenizer import Tokenizer
 from .weights.checkpoint import find, load_model
 
 MAX_LENGTH = 8192
+BATCH_TOKENS = 8192
+BLOCK = 4096
+"""Texts that are tokenised at a time."""
 Self = TypeVar("Self", bound="Pretrained")
+A, B = TypeVar("A"), TypeVar("B")
 
 
 class Pretrained:
@@ -84,28 +90,70 @@ class Pretrained:
             f"max_length={self.max_length}, ops={self.model.ops})"
         )
 
-    @torch.no_grad()
     def run(
         self,
-        sequences: Sequence[Sequence[int]],
+        texts: Sequence[str],
+        prefixes: Sequence[tuple[int, ...]],
+        assemble: Callable[[list[list[int]]], list[list[int]]],
         function: Callable[[PackedBatch], Tensor],
         *shape: int,
         batch_tokens: int | None = None,
         show_progress_bar: bool | None = None,
     ) -> Tensor:
-        """Token id sequences through ``function`` in batches: its rows [N, *shape] float32, in the order given."""
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        out = torch.empty(len(sequences), *shape, dtype=dtype, device=self.device)
+        """``function`` of every text, in batches: rows [N, *shape] float32, in the order given.
+
+        prefixes: for each text, ids that its sequence may begin with. assemble: the texts' ids to whole sequences.
+        Equal texts are computed once, and so is the beginning that all texts of one prefix share; but not while a
+        point is watched, so that every text is seen.
+        """
+        if batch_tokens is not None:
+            check_int("batch_tokens", batch_tokens, 1)
+        self.tokenizer.check(texts)
+        watched = bool(self.model.taps.active)
+        first: dict[Any, int] = {}
+        same = [first.setdefault(i if watched else text, i) for i, text in enumerate(texts)]
+        distinct = list(first.values())
+        blocks = [distinct[i : i + BLOCK] for i in range(0, len(distinct), BLOCK)]
+        contents = ahead(([texts[i] for i in block] for block in blocks), self.tokenizer.encode)
+        out = torch.empty(len(texts), *shape, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
+        disable = None if show_progress_bar is None else not show_progress_bar  # None: unless on a terminal
+        with torch.no_grad(), tqdm(total=len(distinct), disable=disable, delay=1, unit="text", leave=False) as bar:
+            for block, ids in zip(blocks, contents, strict=True):
+                sequences = assemble(ids)
+                self._check(block, sequences, batch_tokens)
+                heads = None if watched else shared_heads(sequences, [prefixes[i] for i in block])
+                for group in plan([len(s) for s in sequences], batch_tokens or BATCH_TOKENS, heads):
+                    batch = pack(
+                        [sequences[i] for i in group],
+                        device=self.device,
+                        indices=[block[i] for i in group],
+                        heads=heads and [heads[i] for i in group],
+                    )
+                    out[to_device(torch.tensor(batch.indices), self.device)] = function(batch)
+                    bar.update(len(group))
+        return out if len(distinct) == len(texts) else out[same]
+
+    def _check(self, indices: list[int], sequences: list[list[int]], batch_tokens: int | None) -> None:
+        """Raise InputError for a sequence that the model or the batch cannot hold."""
         rows = self.model.embed_tokens.num_embeddings
-        for index, ids in enumerate(sequences):
+        for index, ids in zip(indices, sequences, strict=True):
             if max(ids) >= rows:
                 raise InputError(f"input {index}: expected token ids below {rows} (embed_tokens), found {max(ids)}")
-        groups = plan([len(s) for s in sequences], batch_tokens)
-        # By default on a terminal (tqdm's None), if there is more than one batch to wait for.
-        disable = None if show_progress_bar is None and len(groups) > 1 else not show_progress_bar
-        with tqdm(total=len(sequences), disable=disable, unit="text", leave=False) as bar:
-            for indices in groups:
-                batch = pack([sequences[i] for i in indices], device=self.device, indices=indices)
-                out[indices] = function(batch)
-                bar.update(len(indices))
-        return out
+        longest = max(sequences, key=len)
+        if batch_tokens is not None and len(longest) > batch_tokens:
+            raise InputError(
+                f"batch_tokens: expected at least {len(longest)}, the length in tokens of the longest input "
+                f"(index {indices[sequences.index(longest)]}), found {batch_tokens}"
+            )
+
+
+def ahead(blocks: Iterable[A], work: Callable[[A], B]) -> Iterator[B]:
+    """``work`` of each block, done in a thread while the caller is busy with the block before."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting: deque[Future[B]] = deque()
+        for block in blocks:
+            waiting.append(thread.submit(work, block))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -1,5 +1,6 @@
 """(query, document) to P(yes)."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -37,17 +38,19 @@ class Reranker(Pretrained):
         single = len(pairs) == 2 and all(isinstance(part, str) for part in pairs)
         task = DEFAULT_TASK if instruction is None else instruction
         check_text("instruction", task)
-        bodies = []
+        checked = []
         for index, pair in enumerate([pairs] if single else pairs):
             if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
                 raise InputError(f"pair {index}: expected (query, document), found {_describe(pair)}")
             query, document = pair
             for role, text in (("query", query), ("document", document)):
                 check_text(f"pair {index}: {role}", text)
-            bodies.append(reranker_body(task, query, document))
+            checked.append((query, document))
         yes_no = self.yes_no
         scores = self.run(
-            self.tokenizer.reranking(bodies, self.max_length),
+            [reranker_body(task, query, document) for query, document in checked],
+            self._prefixes(task, [query for query, _ in checked]),
+            lambda contents: self.tokenizer.frame(contents, self.max_length),
             lambda batch: self.model.score(batch, yes_no),
             batch_tokens=batch_tokens,
             show_progress_bar=show_progress_bar,
@@ -75,6 +78,14 @@ class Reranker(Pretrained):
         if return_documents:
             ranking = [dict(hit, text=documents[hit["corpus_id"]]) for hit in ranking]
         return ranking[:top_k]
+
+    def _prefixes(self, task: str, queries: list[str]) -> list[tuple[int, ...]]:
+        """What the pairs of one query begin with; for queries of a single pair, what all such pairs do."""
+        counts = Counter(queries)
+        starts = {query: reranker_body(task, query if n > 1 else "", "") for query, n in counts.items()}
+        contents = self.tokenizer.content(list(starts.values()))
+        prefixes = {query: (*self.tokenizer.prefix, *ids) for query, ids in zip(starts, contents, strict=True)}
+        return [prefixes[query] for query in queries]
 
     @property
     def yes_no(self) -> Tensor:

@@ -40,12 +40,12 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.backend.encode_special_tokens = False
         self.eos = self._single(prompts.EOS)
-        self.prefix, self.suffix = self._encode([prompts.RERANKER_PREFIX, prompts.RERANKER_SUFFIX])
+        self.prefix, self.suffix = self.encode([prompts.RERANKER_PREFIX, prompts.RERANKER_SUFFIX])
         # Once and for all, after the templates: threads share the backend.
         self.backend.encode_special_tokens = split_special_tokens
 
-    def content(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of the texts alone. Raises InputError, naming the index, for what is not Unicode text."""
+    def check(self, texts: Sequence[str]) -> None:
+        """Raise InputError, naming the index, for what is not Unicode text."""
         for index, text in enumerate(texts):
             check_text(f"input {index}", text)
             try:
@@ -57,15 +57,30 @@ class Tokenizer:
                 ) from None
             if len(text) > LONGEST_SPACE and any(len(run) > LONGEST_SPACE for run in re.findall(r"\s+", text)):
                 raise InputError(f"input {index}: expected at most {LONGEST_SPACE} white spaces in a row, found more")
-        return self._encode(list(texts))
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of checked texts alone."""
+        return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def content(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of the texts alone. Raises InputError, naming the index, for what is not Unicode text."""
+        self.check(texts)
+        return self.encode(texts)
 
     def embedding(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
         """Ids of each text, then EOS; at most ``max_length`` each, with one warning for all that were truncated."""
-        return self._truncate(self.content(texts), [], [self.eos], max_length)
+        return self.close(self.content(texts), max_length)
+
+    def close(self, contents: list[list[int]], max_length: int) -> list[list[int]]:
+        """``embedding`` of texts whose ids are given."""
+        return self._truncate(contents, [], [self.eos], max_length)
 
     def reranking(self, bodies: Sequence[str], max_length: int) -> list[list[int]]:
         """Prefix, body, suffix, joined as ids; the body alone is truncated. Warns where a body holds special tokens."""
-        contents = self.content(bodies)
+        return self.frame(self.content(bodies), max_length)
+
+    def frame(self, contents: list[list[int]], max_length: int) -> list[list[int]]:
+        """``reranking`` of bodies whose ids are given."""
         special = sum(not self.special_ids.isdisjoint(ids) for ids in contents)
         if special:
             warn(
@@ -96,15 +111,12 @@ class Tokenizer:
 
     def _single(self, text: str) -> int:
         try:
-            ids = self._encode([text])[0]
+            ids = self.encode([text])[0]
         except Exception as error:  # bare again, from models that are not byte-level BPE
             raise CheckpointError(f"{self.path}: {text!r}: expected one token, found none ({error})") from error
         if len(ids) != 1:
             raise CheckpointError(f"{self.path}: {text!r}: expected one token, found {len(ids)}: {ids}")
         return ids[0]
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     @staticmethod
     def _truncate(contents: list[list[int]], prefix: list[int], suffix: list[int], max_length: int) -> list[list[int]]:

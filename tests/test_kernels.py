@@ -245,7 +245,7 @@ def rounding_of_qk_norm_rope(device):
     wide = [t.float() for t in (cos, sin)]
     normed = reference.rms_norm(q, w, EPS).float()
     late = reference.rms_norm(q.float(), torch.ones(64), EPS).half().float() * w.float()
-    return found, *(reference.rope(y, y, *wide)[0].half() for y in (normed, late))
+    return found, *(reference.rope(y, *wide).half() for y in (normed, late))
 
 
 def rounding_of_swiglu(device):
@@ -276,7 +276,7 @@ def test_qk_norm_rope(counts, D, dtype, device):
         return lambda q, k, a, b: op(q, k, a, b, *turn.to(q))
 
     def specification(q, k, a, b, cos, sin):
-        return reference.rope(reference.rms_norm(q, a, EPS), reference.rms_norm(k, b, EPS), cos, sin)
+        return tuple(reference.rope(reference.rms_norm(x, w, EPS), cos, sin) for x, w in ((q, a), (k, b)))
 
     def ours(q, k, a, b, cos, sin):
         return qk_norm_rope(q, k, a, b, EPS, cos, sin)

@@ -45,14 +45,10 @@ def weight_before_cast(x, weight, eps):
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
-def rope_interleaved(q, k, cos, sin):
-    cos, sin = (x[:, None, : x.shape[1] // 2] for x in (cos, sin))
-
-    def rotate(x):
-        even, odd = x[..., ::2], x[..., 1::2]
-        return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
-
-    return rotate(q), rotate(k)
+def rope_interleaved(x, cos, sin):
+    cos, sin = (c[:, None, : c.shape[1] // 2] for c in (cos, sin))
+    even, odd = x[..., ::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
 
 
 def not_causal(q, k, v, cu_q, cu_k, *lengths):
