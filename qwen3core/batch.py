@@ -73,7 +73,9 @@ def pack(
 
     put = partial(to_device, device=device)
     cu, longest = put(cu_seqlens), max(len(row) for row in rows)
-    keys, keys_of_texts, cu_keys, cu_keys_of_texts = ALL, ALL, cu, cu
+    keys: Tensor | slice = ALL
+    keys_of_texts: Tensor | slice = ALL
+    cu_keys = cu_keys_of_texts = cu
     if shared:
         first = dict(zip(shared, starts, strict=False))
         seen = [
@@ -95,9 +97,7 @@ def pack(
     )
 
 
-def shared_heads(
-    sequences: Sequence[Sequence[int]], prefixes: Sequence[tuple[int, ...]]
-) -> list[tuple[int, ...]]:
+def shared_heads(sequences: Sequence[Sequence[int]], prefixes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """For each sequence, as much of its prefix as all sequences of that prefix begin with, and continue.
 
     On ids, since a prefix's last characters and what follows them may be one token.
@@ -111,9 +111,7 @@ def shared_heads(
     return [prefix[: lengths[prefix]] for prefix in prefixes]
 
 
-def plan(
-    lengths: Sequence[int], batch_tokens: int, heads: Sequence[tuple[int, ...]] | None = None
-) -> list[list[int]]:
+def plan(lengths: Sequence[int], batch_tokens: int, heads: Sequence[tuple[int, ...]] | None = None) -> list[list[int]]:
     """Group sequence indices so that each group lays down at most ``batch_tokens`` tokens, or is one longer sequence.
 
     Longest first among sequences of one head, which a group counts once.

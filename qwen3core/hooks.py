@@ -59,7 +59,7 @@ class Taps:
     def scope(self, batch: PackedBatch, prefix: str = "") -> Tap:
         """A function of (name below prefix, tensor); the identity while nothing is in force."""
         if not self.active:
-            return untapped
+            return _identity
 
         def tap(name: str, x: Tensor) -> Tensor:
             for each in self.active:
@@ -69,7 +69,7 @@ class Taps:
         return tap
 
 
-def untapped(name: str, x: Tensor) -> Tensor:
+def _identity(name: str, x: Tensor) -> Tensor:
     return x
 
 

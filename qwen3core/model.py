@@ -11,15 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batch import ALL, PackedBatch, Reach
+from . import reference
+from .batch import PackedBatch, Reach
 from .config import Qwen3Config
-from .hooks import Tap, Taps, untapped
+from .hooks import Tap, Taps
 from .ops import Ops, resolve
 from .reference import p_yes, yes_minus_no
 
+BLOCK = {"cpu": 1024, "cuda": 16384}
+"""Rows that go through a layer at a time, attention aside: a long text needs no more memory for its MLPs than that."""
 
-MLP_ROWS = 2048
-"""Tokens that go through an MLP at a time: its activations are the widest of a layer."""
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor, op: Callable[[Tensor, Tensor], Tensor] = reference.linear) -> Tensor:
+        return op(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -39,43 +44,35 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         q_size = config.num_attention_heads * self.head_dim
         kv_size = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, q_size, bias=False)
+        self.k_proj = Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = Linear(q_size, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)  # per head, before RoPE
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, reach: Reach, ops: Ops, tap: Tap) -> Tensor:
-        rows = reach.queries
-        q, k, v = (
-            proj(y).unflatten(-1, (-1, self.head_dim))
-            for proj, y in ((self.q_proj, x[rows]), (self.k_proj, x), (self.v_proj, x))
-        )
-        v = tap("v", v)
-        if ops.qk_norm_rope and rows is ALL:
+    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor, ops: Ops, tap: Tap) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, Hq, D], keys and values [T, Hkv, D] of normed rows x [T, H]."""
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (proj(x, ops.linear).unflatten(-1, (-1, self.head_dim)) for proj in projections)
+        if ops.qk_norm_rope:
             q, k = ops.qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, cos, sin)
         else:
-            q = ops.rope(self.q_norm(ops.rms_norm, q), cos[rows], sin[rows])
+            q = ops.rope(self.q_norm(ops.rms_norm, q), cos, sin)
             k = ops.rope(self.k_norm(ops.rms_norm, k), cos, sin)
-        q, k = tap("q", q), tap("k", k)
-        lengths = (reach.cu_seqlens_q, reach.cu_seqlens_k, reach.max_seqlen_q, reach.max_seqlen_k)
-        z = tap("z", ops.attention(q, k[reach.keys], v[reach.keys], *lengths))
-        return self.o_proj(z.flatten(-2))
+        return tap("q", q), tap("k", k), tap("v", v)
 
 
 class MLP(nn.Module):
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, ops: Ops, tap: Tap) -> Tensor:
-        blocks = x.split(MLP_ROWS) if tap is untapped else [x]
-        return torch.cat(
-            [self.down_proj(tap("mlp_act", ops.swiglu(self.gate_proj(y), self.up_proj(y)))) for y in blocks]
-        )
+        gate, up = self.gate_proj(x, ops.linear), self.up_proj(x, ops.linear)
+        return self.down_proj(tap("mlp_act", ops.swiglu(gate, up)), ops.linear)
 
 
 class DecoderLayer(nn.Module):
@@ -86,19 +83,35 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, reach: Reach, ops: Ops, tap: Tap) -> Tensor:
-        """The residual stream [T, H] through one layer, of which ``reach.queries`` go on."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, reach: Reach, ops: Ops, tap: Tap, block: int) -> Tensor:
+        """The residual stream [T, H] through one layer, of which the rows ``reach.queries`` go on."""
+
+        def before(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+            attn_norm = tap("attn_norm", self.input_layernorm(ops.rms_norm, x))
+            return self.self_attn.qkv(attn_norm, cos, sin, ops, tap)
+
+        def after(x: Tensor, z: Tensor) -> tuple[Tensor]:
+            attn_out = tap("attn_out", self.self_attn.o_proj(z.flatten(-2), ops.linear))
+            if ops.add_rms_norm:
+                mlp_norm, x = self.post_attention_layernorm(ops.add_rms_norm, x, attn_out)
+            else:
+                x = tap("resid_mid", x + attn_out)
+                mlp_norm = self.post_attention_layernorm(ops.rms_norm, x)
+            return (x + tap("mlp_out", self.mlp(tap("mlp_norm", mlp_norm), ops, tap)),)
+
         x = tap("resid_pre", x)
-        attn_norm = tap("attn_norm", self.input_layernorm(ops.rms_norm, x))
-        attn_out = tap("attn_out", self.self_attn(attn_norm, cos, sin, reach, ops, tap))
-        x = x[reach.queries]
-        if ops.add_rms_norm:
-            mlp_norm, x = self.post_attention_layernorm(ops.add_rms_norm, x, attn_out)
-        else:
-            x = tap("resid_mid", x + attn_out)
-            mlp_norm = self.post_attention_layernorm(ops.rms_norm, x)
-        x = x + tap("mlp_out", self.mlp(tap("mlp_norm", mlp_norm), ops, tap))
-        return tap("resid_post", x)
+        q, k, v = in_blocks(before, block, x, cos, sin)
+        lengths = (reach.cu_seqlens_q, reach.cu_seqlens_k, reach.max_seqlen_q, reach.max_seqlen_k)
+        z = tap("z", ops.attention(q[reach.queries], k[reach.keys], v[reach.keys], *lengths))
+        return tap("resid_post", *in_blocks(after, block, x[reach.queries], z))
+
+
+def in_blocks(function: Callable[..., tuple[Tensor, ...]], size: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """``function(*tensors)`` on ``size`` rows at a time; each row of its results depends on the same row only."""
+    if len(tensors[0]) <= size:
+        return function(*tensors)
+    parts = [function(*rows) for rows in zip(*(x.split(size) for x in tensors), strict=True)]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
 class Qwen3Model(nn.Module):
@@ -129,9 +142,10 @@ class Qwen3Model(nn.Module):
         cos, sin = rope_cos_sin(batch.position_ids, self.config, x.dtype)
         # Fused, the point between add and norm could not be edited.
         ops = replace(self.ops, add_rms_norm=None) if self.taps.active else self.ops
+        block = len(x) if self.taps.active else BLOCK.get(x.device.type, BLOCK["cuda"])
         for i, layer in enumerate(self.layers):
             reach = batch.last if last and i == len(self.layers) - 1 else batch.all
-            x = layer(x, cos, sin, reach, ops, self.taps.scope(batch, f"layers.{i}."))
+            x = layer(x, cos, sin, reach, ops, self.taps.scope(batch, f"layers.{i}."), block)
         return x
 
     def forward(self, batch: PackedBatch) -> Tensor:

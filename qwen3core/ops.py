@@ -31,6 +31,7 @@ FUSED = {
 class Ops:
     """One implementation of each operation. Signatures, shapes and precision: ``reference.py``, same names."""
 
+    linear: Callable[[Tensor, Tensor], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
@@ -63,10 +64,8 @@ class Ops:
 
     @staticmethod
     def torch() -> "Ops":
-        """What stock PyTorch ships fused: ``rms_norm`` and ``scaled_dot_product_attention``; else the reference."""
-        return Ops(
-            rms_norm=_rms_norm, rope=reference.rope, attention=_sdpa, swiglu=reference.swiglu, pool=reference.pool
-        )
+        """Fast with stock PyTorch: what it ships fused, and in place where no gradient is recorded."""
+        return Ops(linear=_linear, rms_norm=_rms_norm, rope=_rope, attention=_sdpa, swiglu=_swiglu, pool=reference.pool)
 
     @staticmethod
     def triton() -> "Ops":
@@ -80,6 +79,7 @@ class Ops:
         except ImportError as error:
             raise InputError(f"ops 'triton': expected the package triton, found that {error}") from error
         return Ops(
+            linear=reference.linear,
             rms_norm=rms_norm.rms_norm,
             rope=reference.rope,
             attention=attention.attention,
@@ -112,8 +112,41 @@ def resolve(ops: "Ops | str", device: torch.device | None = None) -> Ops:
     return sets[ops]()
 
 
+# Ops.torch(): the reference's formulas with fewer passes over memory, which is what they cost on a CPU.
+
+ONEDNN_ROWS = 512
+"""Rows up to which oneDNN's float32 product is faster on a CPU: 1.7 times at 16, 1.3 at 128 (bench/NOTES.md)."""
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    if _lean(x) and len(x) <= ONEDNN_ROWS:
+        return torch.ops.mkldnn._linear_pointwise(x, weight.to(x.dtype), None, "none", [], "")
+    return reference.linear(x, weight)
+
+
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight, eps)
+    if not _lean(x):
+        return F.rms_norm(x, weight.shape, weight, eps)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return (x * norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()).mul_(weight)
+
+
+def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    sin = sin.unsqueeze(1)
+    out = x * cos.unsqueeze(1)
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return out
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up) if _lean(gate) else reference.swiglu(gate, up)
+
+
+def _lean(x: Tensor) -> bool:
+    """float32 on a CPU, and no gradient that would need what is overwritten."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def _sdpa(

@@ -23,7 +23,8 @@ BATCH_TOKENS = 8192
 BLOCK = 4096
 """Texts that are tokenised at a time."""
 Self = TypeVar("Self", bound="Pretrained")
-A, B = TypeVar("A"), TypeVar("B")
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 class Pretrained:

@@ -29,6 +29,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * wide.to(x.dtype)
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight.T``; [..., in] and [out, in] to [..., out], in x's dtype, which the weights may be stored below."""
+    return F.linear(x, weight.to(x.dtype))
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate queries or keys [T, heads, D] by cos, sin [T, D], in the model's dtype.
 

@@ -1,4 +1,6 @@
-"""Packing and planning: the same text gives the same vector alone, in any batch, in any order."""
+"""Packing and planning: the same text gives the same vector alone, in any batch, whatever is shared or left out."""
+
+import itertools
 
 import numpy as np
 import pytest
@@ -7,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import SAME_TEXT_FP32
 
-from qwen3core import Embedder, InputError, Reranker, pack
-from qwen3core.batch import plan
+from qwen3core import Embedder, InputError, Reranker, capture, model, pack, pretrained
+from qwen3core.batch import plan, shared_heads
 
 TEXTS = ["", "a", "Gravity is a force.", "北京", "Brot und Wasser. " * 30, "x = 1\n" * 12, "yes " * 90, "gravity " * 5]
 
@@ -48,19 +50,97 @@ def test_pack():
             pack(empty)
 
 
-@given(st.lists(st.integers(1, 50), max_size=40), st.integers(50, 120))
+def test_pack_lays_shared_heads_down_once():
+    batch = pack([[1, 2, 3], [7, 8], [1, 2, 4, 5]], heads=[(1, 2), (), (1, 2)])
+    assert batch.input_ids.tolist() == [1, 2, 3, 7, 8, 4, 5]
+    assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 3]
+    assert batch.cu_seqlens.tolist() == [0, 2, 3, 5, 7]
+    assert batch.all.keys.tolist() == [0, 1, 0, 1, 2, 3, 4, 0, 1, 5, 6]
+    assert batch.all.cu_seqlens_k.tolist() == [0, 2, 5, 7, 11]
+    assert (batch.all.max_seqlen_q, batch.all.max_seqlen_k, batch.last.max_seqlen_q) == (2, 4, 1)
+    assert batch.last.queries.tolist() == [2, 4, 6]
+    assert batch.last.keys.tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6]
+    assert batch.last.cu_seqlens_k.tolist() == [0, 3, 5, 9]
+
+
+def test_shared_heads_end_where_one_of_their_texts_does():
+    a, b = (1, 2, 3), (9,)
+    sequences = [[1, 2, 3, 4], [1, 2, 8], [1, 2], [9, 9], [7]]
+    assert shared_heads(sequences[:2], [a, a]) == [(1, 2), (1, 2)]
+    assert shared_heads(sequences, [a, a, a, b, b]) == [(1,), (1,), (1,), (), ()]
+    assert shared_heads([[1, 2, 3]], [a]) == [(1, 2)]  # the last token is the text's own
+    assert shared_heads([[5]], [()]) == [()]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 50)), max_size=40), st.integers(1, 120))
 @settings(derandomize=True, deadline=None)
-def test_plan_covers_all_within_budget_longest_first(lengths, budget):
-    groups = plan(lengths, budget)
+def test_plan_covers_all_within_budget(drawn, budget):
+    """Lengths behind one of four heads, of 0 to 30 tokens."""
+    heads = [tuple(range(10 * h)) for h, _ in drawn]
+    lengths = [len(head) + own for head, (_, own) in zip(heads, drawn, strict=True)]
+    groups = plan(lengths, budget, heads)
     order = [i for group in groups for i in group]
     assert sorted(order) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in group) <= budget for group in groups)
-    assert [lengths[i] for i in order] == sorted(lengths, reverse=True)
+    for group in groups:
+        tokens = sum(lengths[i] - len(heads[i]) for i in group) + sum(map(len, {heads[i] for i in group}))
+        assert tokens <= budget or len(group) == 1
+    assert [h for h, _ in itertools.groupby(heads[i] for i in order)] == list(dict.fromkeys(heads))
+    assert all(a >= b for g in groups for a, b in itertools.pairwise(lengths[i] for i in g if not heads[i]))
 
 
-def test_plan_defaults_and_errors():
+def test_plan_gives_a_longer_sequence_its_own_batch():
     assert plan([], 1) == []
-    assert plan([9000, 10], None) == [[0], [1]]
-    assert plan([4000, 4000], None) == [[0, 1]]
-    with pytest.raises(InputError, match=r"batch_tokens: expected at least 7, .*\(index 1\), found 6"):
-        plan([3, 7], 6)
+    assert plan([9000, 10], 8192) == [[0], [1]]
+    assert plan([10, 4000, 4000], 8010) == [[1, 2, 0]]
+
+
+@pytest.mark.parametrize("ops", ["reference", "torch"])
+def test_no_shortcut_changes_a_result(embedding_dir, reranker_dir, monkeypatch, ops):
+    """Order, equal texts, shared prompts and queries, blocks of rows, the last layer for last tokens only.
+
+    Against a watched run, in which nothing is left out.
+    """
+    embedder = Embedder.from_pretrained(embedding_dir, dtype="float32", ops=ops, device="cpu")
+    reranker = Reranker.from_pretrained(reranker_dir, dtype="float32", ops=ops, device="cpu")
+    texts = [*TEXTS, *TEXTS[::-2], "Instruct", ": gravity", "\u0301 merges"]
+    pairs = [(q, d) for q in ("what is gravity?", "", "yes") for d in texts] + [("once", "a"), ("only once", "b")]
+    with capture(embedder.model, "layers.0.v"), capture(reranker.model, "layers.0.v"):
+        vectors, scores = embedder.encode_query(texts), reranker.predict(pairs)
+    longest = 600
+    for block, batch_tokens, direction in ((10**9, None, 1), (7, None, -1), (50, longest, 1)):
+        monkeypatch.setitem(model.BLOCK, "cpu", block)
+        again = embedder.encode_query(texts[::direction], batch_tokens=batch_tokens)[::direction]
+        assert np.abs(again - vectors).max() <= SAME_TEXT_FP32
+        again = reranker.predict(pairs[::direction], batch_tokens=batch_tokens)[::direction]
+        assert np.abs(again - scores).max() <= SAME_TEXT_FP32
+
+
+@pytest.mark.parametrize(("kind", "tokens"), [("equal", 4), ("prompt", 9), ("query", None)])
+def test_what_is_shared_is_computed_once(embedding_dir, reranker_dir, monkeypatch, kind, tokens):
+    laid = []
+
+    def spy(*args, **options):
+        batch = pack(*args, **options)
+        laid.append(len(batch.input_ids))
+        return batch
+
+    monkeypatch.setattr(pretrained, "pack", spy)
+    if kind == "query":
+        reranker = Reranker.from_pretrained(reranker_dir, device="cpu")
+        pairs = [("what is gravity? " * 20, d) for d in ("aa", "bb", "cc", "dd")]
+        reranker.predict(pairs[0])
+        reranker.predict(pairs)
+        own = sum(laid[1:]) - laid[0]
+        assert own < 0.25 * laid[0]
+        return
+    embedder = Embedder.from_pretrained(embedding_dir, device="cpu")
+    [ids] = embedder.tokenizer.embedding(["gravity"], 100)
+    if kind == "equal":
+        embedder.encode(["gravity"] * 50)
+        assert laid == [len(ids)]
+    else:
+        prompt = "a long instruction of many words: "
+        embedder.encode(["gravity", "gravity gravity", "b"], prompt=prompt)
+        [alone] = embedder.tokenizer.content([prompt])
+        singles = embedder.tokenizer.embedding([prompt + t for t in ("gravity", "gravity gravity", "b")], 1000)
+        assert laid[0] <= sum(map(len, singles)) - 2 * (len(alone) - 1)

@@ -133,7 +133,7 @@ def test_a_failing_nested_edit_leaves_no_trace(embedder):
 def test_unused_hooks_are_not_called(embedder):
     batch = pack([[1, 2, 3]])
     assert embedder.model.taps.scope(batch)("any", batch.input_ids) is batch.input_ids
-    assert embedder.model.taps.scope(batch).__name__ == "untapped"
+    assert embedder.model.taps.scope(batch).__name__ == "_identity"
 
 
 def test_gradients_flow_to_captured_points(embedder):

@@ -8,7 +8,7 @@ import torch
 from test_parity import check_bit_identity, check_embedding_fp32, check_reranker_fp32
 from torch.nn import functional as F
 
-from qwen3core import Embedder, Ops, Qwen3Config, Tokenizer, prompts, reference
+from qwen3core import Embedder, Ops, Qwen3Config, Tokenizer, pack, pretrained, prompts, reference
 from qwen3core.model import DecoderLayer
 
 CHECKS = {
@@ -53,15 +53,14 @@ def rope_interleaved(x, cos, sin):
 
 def not_causal(q, k, v, cu_q, cu_k, *lengths):
     parts = []
-    for a, b in zip(cu_q.tolist(), cu_q.tolist()[1:], strict=False):
-        x, y, z = (t[a:b].transpose(0, 1)[None] for t in (q, k, v))
+    for rows_q, rows_k in reference.sequences(cu_q, cu_k):
+        x, y, z = (t[rows].transpose(0, 1)[None] for t, rows in ((q, rows_q), (k, rows_k), (v, rows_k)))
         parts.append(F.scaled_dot_product_attention(x, y, z, enable_gqa=True)[0].transpose(0, 1))
     return torch.cat(parts)
 
 
 def across_sequences(q, k, v, cu_q, cu_k, *lengths):
-    one = cu_q[[0, -1]]
-    return reference.attention(q, k, v, one, one, *lengths)
+    return reference.attention(q, k, v, cu_q[[0, -1]], cu_k[[0, -1]], *lengths)
 
 
 def wrong_group(q, k, v, *rest):
@@ -70,10 +69,27 @@ def wrong_group(q, k, v, *rest):
     return reference.attention(q, k.repeat(1, groups, 1), v.repeat(1, groups, 1), *rest)
 
 
-def pooled_early(hidden_states, cu_seqlens, dim, normalize):
-    starts = cu_seqlens.clone()
-    starts[1:] = torch.maximum(cu_seqlens[1:] - 1, cu_seqlens[:-1] + 1)
-    return reference.pool(hidden_states, starts, dim, normalize)
+def batches(change):
+    """Change the batches that are computed."""
+    return lambda patch: patch.setattr(pretrained, "pack", lambda *a, **options: change(pack(*a, **options)))
+
+
+def pooled_early(batch):
+    early = dataclasses.replace(batch.last, queries=(batch.last.queries - 1).clamp(min=0))
+    return dataclasses.replace(batch, last=early)
+
+
+def restarting_positions(batch):
+    lengths = batch.cu_seqlens.diff().tolist()
+    return dataclasses.replace(batch, position_ids=torch.cat([torch.arange(n) for n in lengths]))
+
+
+def head_of_another(batch):
+    """Every text behind a shared head sees the same rows, of the first."""
+    if not isinstance(batch.all.keys, torch.Tensor):
+        return batch
+    keys = batch.all.keys.clamp(max=int(batch.cu_seqlens[-2]))
+    return dataclasses.replace(batch, all=dataclasses.replace(batch.all, keys=keys))
 
 
 def cut_after_normalise(hidden_states, cu_seqlens, dim, normalize):
@@ -81,9 +97,9 @@ def cut_after_normalise(hidden_states, cu_seqlens, dim, normalize):
 
 
 def content(change):
-    """Change what Tokenizer.embedding returns."""
-    right = Tokenizer.embedding
-    return lambda patch: patch.setattr(Tokenizer, "embedding", lambda self, *a: [change(s) for s in right(self, *a)])
+    """Change the sequences that are embedded."""
+    right = Tokenizer.close
+    return lambda patch: patch.setattr(Tokenizer, "close", lambda self, *a: [change(s) for s in right(self, *a)])
 
 
 def swap_yes_no(patch):
@@ -103,9 +119,9 @@ def truncate_suffix(patch):
 def no_mlp_residual(patch):
     right = DecoderLayer.forward
 
-    def wrong(self, x, *args):
-        out = right(self, x, *args)
-        return out - x
+    def wrong(self, x, cos, sin, reach, *args):
+        out = right(self, x, cos, sin, reach, *args)
+        return out - x[reach.queries]
 
     patch.setattr(DecoderLayer, "forward", wrong)
 
@@ -128,7 +144,10 @@ MUTATIONS = {
     "wrong KV group": ("embedding", ops(attention=wrong_group)),
     "gate and up swapped": ("embedding", ops(swiglu=lambda gate, up: reference.swiglu(up, gate))),
     "residual stream dropped": ("embedding", no_mlp_residual),
-    "pooled one token early": ("embedding", ops(pool=pooled_early)),
+    "pooled one token early": ("embedding", batches(pooled_early)),
+    "positions from 0 behind a shared prompt": ("embedding", batches(restarting_positions)),
+    "positions from 0 behind a shared query": ("reranker", batches(restarting_positions)),
+    "keys of another text": ("embedding", batches(head_of_another)),
     "EOS missing": ("embedding", content(lambda ids: ids[:-1] or ids)),
     "EOS doubled": ("embedding", content(lambda ids: [*ids, ids[-1]])),
     "normalised before the MRL cut": ("embedding", ops(pool=cut_after_normalise)),
