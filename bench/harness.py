@@ -54,14 +54,22 @@ def compare(
         torch.cuda.synchronize(device)
         times = {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in times.items()}
     else:
-        for _ in range(repeats):
-            for name in times:
-                start = time.perf_counter()
-                sides[name]()
-                times[name].append((time.perf_counter() - start) * 1e3)
+        times = alternate({name: sides[name] for name in times}, repeats=repeats)
     for name, values in times.items():
         results[name] = {f"p{p}": float(numpy.percentile(values, p)) for p in (20, 50, 80)}
     return results
+
+
+def alternate(sides: dict[str, Callable[[], object]], *, repeats: int, warmup: int = 0) -> dict[str, list[float]]:
+    """Wall clock in milliseconds of every call, all sides in turn within each repeat; of the warm-up, nothing."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(-warmup, repeats):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            side()
+            if repeat >= 0:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return times
 
 
 def failure(error: Exception) -> Timing:

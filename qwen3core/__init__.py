@@ -10,6 +10,7 @@ from .errors import CheckpointError, InputError, Qwen3CoreError
 from .hooks import capture, edit
 from .model import Qwen3Model
 from .ops import Ops
+from .pretrained import stream
 from .reranker import Reranker
 from .tokenizer import Tokenizer
 from .weights.checkpoint import load_model
@@ -29,4 +30,5 @@ __all__ = [
     "edit",
     "load_model",
     "pack",
+    "stream",
 ]

@@ -233,7 +233,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     def running(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16")
+        sub.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, int8")
         sub.add_argument("--device", help="cpu, cuda, ...; by default the first GPU where there is one")
         sub.add_argument("--ops", default="auto", help="auto, reference, torch or triton")
         sub.add_argument("--max-length", type=int, default=MAX_LENGTH, help="tokens per input, template included")

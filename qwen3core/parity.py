@@ -27,7 +27,7 @@ from .model import Qwen3Model
 from .ops import Ops, resolve
 from .prompts import DEFAULT_TASK, RERANKER_PREFIX, RERANKER_SUFFIX, embedding_query, reranker_body
 from .tokenizer import Tokenizer
-from .weights.checkpoint import Tensors, as_device, as_dtype, find, open_model
+from .weights.checkpoint import Tensors, as_device, as_dtype, find, open_model, quantize
 
 FP32_TOLERANCE = 1e-5
 """float32: largest relative difference of a layer, largest absolute one of vectors and scores. transformers' own
@@ -36,6 +36,10 @@ left-padded batch differs from its single run by about 2e-6; the smallest plante
 LOW_PRECISION_RATIO = 1.5
 """bfloat16, float16: our error against float64, as a multiple of transformers' own. Where a row has few numbers
 (a score per text), chance alone spreads the quotient of two such norms by 1 / sqrt(n): two deviations are allowed."""
+
+INT8_TOLERANCE = 0.2
+"""int8: our error against float64, the price of quantisation rather than of a mistake, which would give about 1. Seen
+with random weights: 0.07 for vectors."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ def parity(
 ) -> Report:
     """Compare a checkpoint in both implementations.
 
+    dtype: as in ``from_pretrained``, but ``"auto"`` is the checkpoint's on both sides; int8 is compared with float32.
     kind: ``"embedding"``, ``"reranker"``, or ``"auto"`` (embedding where modules.json names a Pooling). texts: inputs
     with their prompts, or bodies of the reranker's template; a few real ones by default. Raises CheckpointError and
     InputError; a difference beyond tolerance does not raise, it makes ``report.ok`` false.
@@ -104,7 +109,8 @@ def parity(
     reranker = kind == "reranker"
     device = as_device(device)
     model, tensors = open_model(directory, ops=resolve(ops, device), head=reranker)
-    dtype = as_dtype(dtype, model, tensors)
+    int8 = dtype == "int8"
+    dtype = torch.float32 if int8 else as_dtype(dtype, model, tensors)
     tokenizer = Tokenizer(directory / "tokenizer.json")
     tokenizer.check_vocabulary(model.config.vocab_size)
     documents = [*samples.DOCUMENTS, samples.LONG_DOCUMENT]
@@ -122,17 +128,20 @@ def parity(
     oracle.ops = Ops.reference()
     sides = [
         _transformers(directory, tensors, sequences, head, dtype, device),
-        _ours(model, tensors, batch, head, dtype),
+        _ours(model, tensors, batch, head, dtype, int8),
         _ours(oracle, tensors, batch, head, torch.float64),
     ]
-    title = f"{Path(path_or_id).name}, {dtype}, {len(sequences)} texts, {len(batch.input_ids)} tokens, {device.type}"
+    precision = f"int8 against {dtype}" if int8 else dtype
+    title = (
+        f"{Path(path_or_id).name}, {precision}, {len(sequences)} texts, {len(batch.input_ids)} tokens, {device.type}"
+    )
     theirs = _transformers_ids(directory, texts, reranker, max_length)
     different = sum(a != b for a, b in zip(sequences, theirs, strict=True))
     ids = Row("token ids", different, different / len(sequences), 0, 0, ok=different == 0)
-    return Report(title, [ids, *(_row(name, dtype, *(side[name] for side in sides)) for name in sides[0])])
+    return Report(title, [ids, *(_row(name, dtype, int8, *(side[name] for side in sides)) for name in sides[0])])
 
 
-def _row(point: str, dtype: torch.dtype, theirs: Tensor, ours: Tensor, oracle: Tensor) -> Row:
+def _row(point: str, dtype: torch.dtype, int8: bool, theirs: Tensor, ours: Tensor, oracle: Tensor) -> Row:
     a, b, exact = theirs.double(), ours.double(), oracle.double()
     difference = b - a
     row = Row(
@@ -143,7 +152,9 @@ def _row(point: str, dtype: torch.dtype, theirs: Tensor, ours: Tensor, oracle: T
         error_ours=((b - exact).norm() / exact.norm()).item(),
         ok=False,
     )
-    if dtype in (torch.float32, torch.float64):
+    if int8:
+        ok = row.error_ours <= INT8_TOLERANCE
+    elif dtype in (torch.float32, torch.float64):
         ok = (row.max_abs if point in ("pooled", "score") else row.relative) <= FP32_TOLERANCE
     else:
         ratio = LOW_PRECISION_RATIO * (1 + 2 / a.numel() ** 0.5)
@@ -152,9 +163,9 @@ def _row(point: str, dtype: torch.dtype, theirs: Tensor, ours: Tensor, oracle: T
 
 
 def _ours(
-    model: Qwen3Model, tensors: Tensors, batch: PackedBatch, head: Tensor | None, dtype: torch.dtype
+    model: Qwen3Model, tensors: Tensors, batch: PackedBatch, head: Tensor | None, dtype: torch.dtype, int8: bool = False
 ) -> dict[str, Tensor]:
-    _stream(model, tensors, dtype, batch.input_ids.device)
+    _stream(model, tensors, dtype, batch.input_ids.device, int8)
 
     def run() -> Tensor:
         return model.embed(batch) if head is None else model.score(batch, head.to(batch.input_ids.device))
@@ -216,7 +227,7 @@ def _transformers(
     return states | {"score": logits.log_softmax(dim=1)[:, 0].exp()}
 
 
-def _stream(model: Any, tensors: Tensors, dtype: torch.dtype, device: torch.device) -> None:
+def _stream(model: Any, tensors: Tensors, dtype: torch.dtype, device: torch.device, int8: bool = False) -> None:
     """Give each part of a model on the meta device its weights just before it runs, and take them after."""
     parts = {"embed_tokens": model.embed_tokens, "norm": model.norm}
     parts |= {f"layers.{i}": layer for i, layer in enumerate(model.layers)}
@@ -224,6 +235,8 @@ def _stream(model: Any, tensors: Tensors, dtype: torch.dtype, device: torch.devi
     def load(prefix: str, part: nn.Module) -> None:
         state = {name: tensors[f"{prefix}.{name}"].to(device, dtype) for name in part.state_dict()}
         part.load_state_dict(state, assign=True)
+        if int8:
+            quantize(part)
 
     for prefix, part in parts.items():
         part.register_forward_pre_hook(lambda part, _, prefix=prefix: load(prefix, part))

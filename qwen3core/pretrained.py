@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from .weights.checkpoint import find, load_model
 
 MAX_LENGTH = 8192
 BATCH_TOKENS = 8192
-BLOCK = 4096
+BLOCK = 1024
 """Texts that are tokenised at a time."""
 Self = TypeVar("Self", bound="Pretrained")
 A = TypeVar("A")
@@ -65,8 +66,11 @@ class Pretrained:
     ) -> Self:
         """Open a checkpoint directory, or a hub id (local cache first, downloaded otherwise).
 
-        dtype: ``"auto"`` keeps the checkpoint's. device: None is the first GPU, else the CPU. max_length: tokens
-        per input, template included; longer inputs lose content. split_special_tokens: see ``Tokenizer``.
+        dtype: of the arithmetic. ``"auto"`` is the checkpoint's; but where that is bfloat16 or float16 and a CPU has no
+        instructions for bfloat16, it is float32 with the weights as stored, which is faster there and exact.
+        ``"int8"``: weights, and what they multiply, rounded to 8 bits, for CPUs; ``qwen3core parity --dtype int8``
+        shows the price. device: None is the first GPU, else the CPU. max_length: tokens per input, template included;
+        longer inputs lose content. split_special_tokens: see ``Tokenizer``.
         Raises CheckpointError for what is wrong with the files, InputError for the options.
         """
         directory = find(path_or_id, revision=revision)
@@ -83,11 +87,13 @@ class Pretrained:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.embed_tokens.weight.dtype
+        """Of the arithmetic."""
+        return self.model.dtype or self.model.embed_tokens.weight.dtype
 
     def __repr__(self) -> str:
+        weights = self.model.get_parameter("layers.0.mlp.gate_proj.weight").dtype
         return (
-            f"{type(self).__name__}(dtype={self.dtype}, device={str(self.device)!r}, "
+            f"{type(self).__name__}(dtype={self.dtype}, weights={weights}, device={str(self.device)!r}, "
             f"max_length={self.max_length}, ops={self.model.ops})"
         )
 
@@ -146,6 +152,25 @@ class Pretrained:
                 f"batch_tokens: expected at least {len(longest)}, the length in tokens of the longest input "
                 f"(index {indices[sequences.index(longest)]}), found {batch_tokens}"
             )
+
+
+def stream(
+    call: Callable[..., Any], inputs: Iterable[Any], *, block_size: int = 16384, **options: Any
+) -> Iterator[Any]:
+    """``call(block, **options)`` for each block of an endless or lazy input, in order; no more than a block is held.
+
+        for vectors in stream(embedder.encode_document, open("texts.txt")): ...
+
+    call: ``encode``, ``encode_query``, ``encode_document`` or ``predict``. Raises InputError, naming the block.
+    """
+    check_int("block_size", block_size, 1)
+    source, start = iter(inputs), 0
+    while block := list(islice(source, block_size)):
+        try:
+            yield call(block, **options)
+        except InputError as error:
+            raise InputError(f"block of inputs from {start}: {error}") from error
+        start += len(block)
 
 
 def ahead(blocks: Iterable[A], work: Callable[[A], B]) -> Iterator[B]:

@@ -34,6 +34,19 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight.to(x.dtype))
 
 
+def int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric quantisation of each row: x [N, K] to int8 [N, K] and scale [N] float32, x = about int8 * scale."""
+    x = x.float()
+    scale = x.abs().amax(-1).clamp(min=1e-30) / 127
+    return (x / scale[:, None]).round_().to(torch.int8), scale
+
+
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """``linear`` with a weight out of ``int8_rows``; x [T, in] is quantised likewise, sums are int32; float32."""
+    rows, row_scale = int8_rows(x)
+    return torch._int_mm(rows, weight.T).float().mul_(row_scale[:, None]).mul_(scale)
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate queries or keys [T, heads, D] by cos, sin [T, D], in the model's dtype.
 

@@ -14,6 +14,9 @@ BF16_RATIO = LOW_PRECISION_RATIO
 # One text alone against the same text in a batch: only the blocking of matmuls differs, unit vectors, float32.
 SAME_TEXT_FP32 = 1e-6
 
+# Unit vectors and scores, 8-bit weights and activations: seen 0.04 and 0.01 on random weights; wrong scales give 1.
+INT8_ERROR = 0.1
+
 # Published numbers, made elsewhere with unknown library versions. The model card's own two sets (transformers in
 # float32, vLLM) differ by 3e-3, so that 1e-3 tells the right arithmetic from a nearby one. Not yet tried on the
 # official weights.

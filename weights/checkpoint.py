@@ -14,11 +14,11 @@ import huggingface_hub
 import torch
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwen3core.config import Qwen3Config, read_json
-from qwen3core.errors import CheckpointError, InputError
-from qwen3core.model import Qwen3Model
+from qwen3core.errors import CheckpointError, InputError, warn
+from qwen3core.model import Linear, Qwen3Model
 from qwen3core.ops import Ops, resolve
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -72,14 +72,39 @@ def load_model(
 ) -> Qwen3Model:
     """A model with the checkpoint's weights, strictly checked; ``head`` for a reranker. Raises CheckpointError.
 
-    dtype: a torch dtype or its name; ``"auto"`` is config.json's, else the tensors'. Where dtype and device keep the
-    tensors as stored, they are pages of the file: opening costs no copy.
+    dtype: a torch dtype or its name; ``"auto"`` is config.json's, else the tensors'. On both, and on ``"int8"``, on a
+    CPU, see ``Pretrained.from_pretrained``. Where dtype and device keep the tensors as stored, they are pages of the
+    file: opening costs no copy.
     """
     where = as_device(device)
     model, tensors = open_model(directory, ops=resolve(ops, where), head=head)
-    target = as_dtype(dtype, model, tensors)
+    int8 = dtype == "int8"
+    target: torch.dtype | None = as_dtype("auto" if int8 else dtype, model, tensors)
+    if where.type == "cpu" and target in (torch.bfloat16, torch.float16):
+        if int8 or (dtype == "auto" and not cpu_has_bfloat16()):
+            target, model.dtype = None, torch.float32
+        elif target == torch.float16:
+            warn("dtype float16 on a CPU: bfloat16 is used, since CPUs multiply float16 ten times as slowly")
+            target = torch.bfloat16
     model.load_state_dict({name: tensors[name].to(where, target) for name in model.state_dict()}, assign=True)
+    if int8:
+        quantize(model)
     return model
+
+
+def quantize(model: nn.Module) -> None:
+    """Make the weights of every Linear int8. Raises InputError on a GPU."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            if module.weight.device.type != "cpu":
+                raise InputError(f"dtype int8: expected device cpu, found {module.weight.device}")
+            module.quantize()
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, ARM's bf16); without, torch crawls."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return cpuinfo.exists() and bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo.read_text("utf-8")))
 
 
 def open_model(directory: str | Path, *, ops: str | Ops = "auto", head: bool = False) -> tuple[Qwen3Model, "Tensors"]:
@@ -221,5 +246,5 @@ def as_dtype(dtype: str | torch.dtype, model: Qwen3Model, tensors: Tensors) -> t
     named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(named, torch.dtype) or named not in DTYPES.values():
         names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES.values())
-        raise InputError(f"dtype: expected one of auto, {names}, found {dtype!r}")
+        raise InputError(f"dtype: expected one of auto, int8, {names}, found {dtype!r}")
     return named
