@@ -36,6 +36,59 @@ def chart(path: Path, device: str, rows: list[dict], group: str, value: str, lab
         axis.grid(axis="y", alpha=0.3)
         axis.set_axisbelow(True)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    save(figure, path)
+
+
+def engines(folder: Path) -> None:
+    """engines.png: the time of every side as a multiple of qwen3core's; growth.png: the cost of a token."""
+    compared, growth, device = [], [], ""
+    for path in sorted(folder.glob("*_*.json")):
+        found = json.loads(path.read_text("utf-8"))
+        rows = [row | {"dtype": path.stem.rpartition("_")[2]} for row in found["rows"] if "ratio" in row]
+        device = found["environment"]["device"]
+        growth += [row for row in rows if row["question"] == "growth"]
+        compared += [row for row in rows if row["question"] != "growth"]
+    groups = list(dict.fromkeys((row["question"], row["workload"], row["dtype"]) for row in compared))
+    sides = list(dict.fromkeys(row["side"] for row in compared if row["side"] != "qwen3core"))
+    if groups:
+        figure, axis = pyplot.subplots(figsize=(10, 1 + 0.22 * len(sides) * len(groups)), layout="constrained")
+        for i, side in enumerate(sides):
+            rows = [row for row in compared if row["side"] == side]
+            places = [
+                groups.index((r["question"], r["workload"], r["dtype"])) + (i + 0.5) * 0.8 / len(sides) for r in rows
+            ]
+            low, middle, high = ([row[key] for row in rows] for key in ("ratio_p20", "ratio", "ratio_p80"))
+            spread = [
+                [m - a for m, a in zip(middle, low, strict=True)],
+                [b - m for m, b in zip(middle, high, strict=True)],
+            ]
+            axis.barh(places, middle, 0.8 / len(sides), xerr=spread, label=side)
+        axis.axvline(1, color="black", linestyle="--", label="qwen3core")
+        axis.set_yticks([i + 0.4 for i in range(len(groups))], [", ".join(group) for group in groups])
+        axis.invert_yaxis()
+        axis.set_xlabel("time, as a multiple of qwen3core's (median, 20th to 80th percentile); longer is slower")
+        axis.set_title(device, fontsize=10)
+        axis.grid(axis="x", alpha=0.3)
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        save(figure, folder / "engines.png")
+    if growth:
+        figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        for label, rows in (
+            ("texts of 32 tokens", [row for row in growth if row["workload"].endswith("texts")]),
+            ("one text", [row for row in growth if not row["workload"].endswith("texts")]),
+        ):
+            axis.plot([row["tokens"] for row in rows], [row["p50"] / row["tokens"] for row in rows], "o-", label=label)
+        axis.set_xscale("log")
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("tokens in the call")
+        axis.set_ylabel("ms per token")
+        axis.set_title(f"qwen3core, {device}", fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.legend()
+        save(figure, folder / "growth.png")
+
+
+def save(figure: pyplot.Figure, path: Path) -> None:
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     print(path)

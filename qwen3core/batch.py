@@ -1,6 +1,6 @@
 """Sequences of any lengths, laid end to end: packed, never padded; what sequences begin with in common, only once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,6 +10,8 @@ from torch import Tensor
 from .errors import InputError, check_int
 
 ALL = slice(None)
+KeysValues = list[tuple[Tensor, Tensor]]
+"""Keys, RoPE applied, and values of some tokens: [tokens, Hkv, D] each, for every layer."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Reach:
     queries: Tensor | slice
     """Rows that ask, sequence after sequence: [Tq] int64, or all."""
     keys: Tensor | slice
-    """Rows that each of these sequences sees: [Tk] int64, or all."""
+    """Rows that each of these sequences sees, counted from the first of ``PackedBatch.past``: [Tk] int64, or all."""
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     max_seqlen_q: int
@@ -30,7 +32,8 @@ class Reach:
 class PackedBatch:
     """``N`` texts in ``T`` tokens; sequence n is rows ``cu_seqlens[n]:cu_seqlens[n + 1]`` of any packed tensor.
 
-    Sequences are the shared heads, if any, and then the texts (without their heads).
+    Sequences are the shared heads, if any, and then the texts (without their heads). Heads that were computed before
+    are not among the rows; their keys and values are ``past``.
     """
 
     input_ids: Tensor
@@ -46,6 +49,7 @@ class PackedBatch:
     """Every token attends to its text up to itself."""
     last: Reach
     """So does only the last token of each text."""
+    past: KeysValues | None = None
 
 
 def pack(
@@ -54,17 +58,21 @@ def pack(
     device: torch.device | str = "cpu",
     indices: Sequence[int] | None = None,
     heads: Sequence[tuple[int, ...]] | None = None,
+    past: Mapping[tuple[int, ...], KeysValues] | None = None,
 ) -> PackedBatch:
     """Lay token id lists end to end on ``device``.
 
     heads: for each sequence, ids that it begins with and continues; equal heads are laid down, and so computed, once.
+    past: heads that were computed before.
     Raises InputError for an empty list or an empty sequence.
     """
     lengths = [len(s) for s in sequences]
     if not lengths or min(lengths) == 0:
         raise InputError(f"pack: expected one or more sequences of at least one token, found lengths {lengths[:8]}")
     heads = heads or [()] * len(sequences)
-    shared = [head for head in dict.fromkeys(heads) if head]
+    past = past or {}
+    known = [head for head in dict.fromkeys(heads) if head in past]
+    shared = [head for head in dict.fromkeys(heads) if head and head not in past]
     rows = [*shared, *(s[len(head) :] for s, head in zip(sequences, heads, strict=True))]
     before = [()] * len(shared) + list(heads)
     cu_seqlens = _cumulated([len(row) for row in rows])
@@ -76,10 +84,11 @@ def pack(
     keys: Tensor | slice = ALL
     keys_of_texts: Tensor | slice = ALL
     cu_keys = cu_keys_of_texts = cu
-    if shared:
-        first = dict(zip(shared, starts, strict=False))
+    if known or shared:
+        *starts_known, own = _cumulated([len(head) for head in known]).tolist()
+        first = dict(zip([*known, *shared], [*starts_known, *(own + start for start in starts)], strict=False))
         seen = [
-            torch.cat([torch.arange(len(h)) + first.get(h, 0), torch.arange(start, start + len(r))])
+            torch.cat([torch.arange(len(h)) + first.get(h, 0), torch.arange(len(r)) + own + start])
             for h, r, start in zip(before, rows, starts, strict=False)
         ]
         keys, keys_of_texts = put(torch.cat(seen)), put(torch.cat(seen[len(shared) :]))
@@ -94,6 +103,7 @@ def pack(
         indices=tuple(indices) if indices is not None else tuple(range(len(lengths))),
         all=Reach(ALL, keys, cu, cu_keys, longest, max(lengths)),
         last=Reach(ends, keys_of_texts, ones, cu_keys_of_texts, 1, max(lengths)),
+        past=[_joined(layer) for layer in zip(*(past[head] for head in known), strict=True)] if known else None,
     )
 
 
@@ -130,6 +140,11 @@ def plan(lengths: Sequence[int], batch_tokens: int, heads: Sequence[tuple[int, .
         groups[-1].append(index)
         room, laid = room - cost, head
     return groups
+
+
+def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    keys, values = zip(*parts, strict=True)
+    return torch.cat(keys), torch.cat(values)
 
 
 def _cumulated(lengths: Sequence[int]) -> Tensor:

@@ -6,19 +6,20 @@ Operations that a kernel may replace go through ``ops``; ``tap(name, x)`` return
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import reference
-from .batch import PackedBatch, Reach
+from .batch import KeysValues, PackedBatch, Reach
 from .config import Qwen3Config
 from .hooks import Tap, Taps
 from .ops import Ops, resolve
 from .reference import p_yes, yes_minus_no
 
-BLOCK = {"cpu": 1024, "cuda": 16384}
+BLOCK = {"cpu": 1024}
 """Rows that go through a layer at a time, attention aside: a long text needs no more memory for its MLPs than that."""
 
 
@@ -92,8 +93,21 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, reach: Reach, ops: Ops, tap: Tap, block: int) -> Tensor:
-        """The residual stream [T, H] through one layer, of which the rows ``reach.queries`` go on."""
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        reach: Reach,
+        past: tuple[Tensor, Tensor] | None,
+        ops: Ops,
+        tap: Tap,
+        block: int,
+    ) -> Tensor:
+        """The residual stream [T, H] through one layer, of which the rows ``reach.queries`` go on.
+
+        past: keys and values that come before those of the rows. block: rows at a time, attention aside.
+        """
 
         def before(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
             attn_norm = tap("attn_norm", self.input_layernorm(ops.rms_norm, x))
@@ -110,6 +124,8 @@ class DecoderLayer(nn.Module):
 
         x = tap("resid_pre", x)
         q, k, v = in_blocks(before, block, x, cos, sin)
+        if past:
+            k, v = (torch.cat(pair) for pair in zip(past, (k, v), strict=True))
         lengths = (reach.cu_seqlens_q, reach.cu_seqlens_k, reach.max_seqlen_q, reach.max_seqlen_k)
         z = tap("z", ops.attention(q[reach.queries], k[reach.keys], v[reach.keys], *lengths))
         return tap("resid_post", *in_blocks(after, block, x[reach.queries], z))
@@ -144,21 +160,31 @@ class Qwen3Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if lm_head else None
 
-    def residual(self, batch: PackedBatch, *, last: bool = False) -> Tensor:
+    def residual(self, batch: PackedBatch, *, last: bool = False, taps: Taps | None = None) -> Tensor:
         """The residual stream [T, H] out of the last layer, before the final norm.
 
         last: only each text's last token [N, H] goes through the last layer, which the others reach as keys and values.
         """
+        taps = taps or self.taps
         x = self.embed_tokens(batch.input_ids)
-        x = self.taps.scope(batch)("embed", x.to(self.dtype or x.dtype))
+        x = taps.scope(batch)("embed", x.to(self.dtype or x.dtype))
         cos, sin = rope_cos_sin(batch.position_ids, self.config, x.dtype)
         # Fused, the point between add and norm could not be edited.
-        ops = replace(self.ops, add_rms_norm=None) if self.taps.active else self.ops
-        block = len(x) if self.taps.active else BLOCK.get(x.device.type, BLOCK["cuda"])
+        ops = replace(self.ops, add_rms_norm=None) if taps.active else self.ops
+        block = len(x) if taps.active else BLOCK.get(x.device.type, 16384)
         for i, layer in enumerate(self.layers):
             reach = batch.last if last and i == len(self.layers) - 1 else batch.all
-            x = layer(x, cos, sin, reach, ops, self.taps.scope(batch, f"layers.{i}."), block)
+            past = batch.past[i] if batch.past else None
+            x = layer(x, cos, sin, reach, past, ops, taps.scope(batch, f"layers.{i}."), block)
         return x
+
+    def keys_values(self, batch: PackedBatch) -> KeysValues:
+        """Of every layer and token, for ``pack(..., past=)`` to continue from."""
+        kept: dict[str, Tensor] = {}
+        taps = Taps()
+        taps.active.append(lambda name, x, batch: kept.setdefault(name, x) if name[-2:] in (".k", ".v") else x)
+        self.residual(batch, taps=taps)
+        return [(kept[f"layers.{i}.k"], kept[f"layers.{i}.v"]) for i in range(len(self.layers))]
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Last hidden states [T, H], final norm applied (transformers' ``last_hidden_state``), in the model's dtype."""
@@ -194,9 +220,13 @@ class Qwen3Model(nn.Module):
 
 def rope_cos_sin(position_ids: Tensor, config: Qwen3Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [T, D] of every position, angles in float32, cast to the model's dtype as transformers does."""
-    # On the CPU for every device, so that all share the same bits.
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
-    inv_freq = (1.0 / config.rope_theta**exponents).to(position_ids.device)
-    angles = position_ids.float()[:, None] * inv_freq
+    angles = position_ids.float()[:, None] * _inv_freq(config.head_dim, config.rope_theta, position_ids.device)
     angles = torch.cat((angles, angles), dim=-1).to(torch.promote_types(dtype, torch.float32))
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@cache  # a copy to a GPU would wait for it
+def _inv_freq(head_dim: int, rope_theta: float, device: torch.device) -> Tensor:
+    # On the CPU for every device, so that all share the same bits.
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    return (1.0 / rope_theta**exponents).to(device)

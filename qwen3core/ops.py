@@ -155,10 +155,10 @@ def _sdpa(
     out = []
     for rows_q, rows_k in reference.sequences(cu_seqlens_q, cu_seqlens_k):
         queries, keys, values = (x.transpose(0, 1) for x in (q[rows_q], k[rows_k], v[rows_k]))
-        # SDPA's own is_causal is aligned at the top left.
-        mask = None if len(q[rows_q]) == len(k[rows_k]) else reference.visible(queries, keys)
+        causal = queries.shape[1] == keys.shape[1]  # SDPA's own is aligned at the top left; one query sees all
+        mask = None if causal or queries.shape[1] == 1 else reference.visible(queries, keys)
         z = F.scaled_dot_product_attention(
-            queries[None], keys[None], values[None], mask, is_causal=mask is None, enable_gqa=True
+            queries[None], keys[None], values[None], mask, is_causal=causal, enable_gqa=True
         )
         out.append(z[0].transpose(0, 1))
     return torch.cat(out)

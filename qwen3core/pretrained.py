@@ -1,8 +1,7 @@
 """What the two jobs share: an open checkpoint (model and tokenizer) and the run over batches."""
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .batch import PackedBatch, pack, plan, shared_heads, to_device
+from .batch import KeysValues, PackedBatch, pack, plan, shared_heads, to_device
 from .config import read_json
 from .errors import InputError, check_int
 from .model import Qwen3Model
@@ -20,7 +19,8 @@ from .tokenizer import Tokenizer
 from .weights.checkpoint import find, load_model
 
 MAX_LENGTH = 8192
-BATCH_TOKENS = 8192
+BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+"""Tokens of a batch, unless the caller says: enough for the matrix products, and no more memory than that takes."""
 BLOCK = 1024
 """Texts that are tokenised at a time."""
 Self = TypeVar("Self", bound="Pretrained")
@@ -39,17 +39,22 @@ class Pretrained:
         tokenizer: Tokenizer,
         *,
         max_length: int = MAX_LENGTH,
+        keep_tokens: int = 0,
         sentence_transformers: dict[str, Any] | None = None,
     ) -> None:
         """sentence_transformers: the checkpoint's parsed config_sentence_transformers.json, where it has one."""
         limit = model.config.max_position_embeddings
         check_int("max_length", max_length, 1)
+        check_int("keep_tokens", keep_tokens, 0)
         if max_length > limit and max_length != MAX_LENGTH:
             raise InputError(f"max_length: expected at most {limit}, the model's limit, found {max_length}")
         tokenizer.check_vocabulary(model.embed_tokens.num_embeddings)
         self.model = model
         self.tokenizer = tokenizer
         self.max_length = min(max_length, limit)
+        self.keep_tokens = keep_tokens
+        self.kept: dict[tuple[int, ...], KeysValues] = {}
+        """Prompts and queries that texts shared, the one used last at the end."""
         self.sentence_transformers = sentence_transformers or {}
 
     @classmethod
@@ -63,6 +68,7 @@ class Pretrained:
         ops: str | Ops = "auto",
         max_length: int = MAX_LENGTH,
         split_special_tokens: bool = False,
+        keep_tokens: int = 0,
     ) -> Self:
         """Open a checkpoint directory, or a hub id (local cache first, downloaded otherwise).
 
@@ -70,7 +76,9 @@ class Pretrained:
         instructions for bfloat16, it is float32 with the weights as stored, which is faster there and exact.
         ``"int8"``: weights, and what they multiply, rounded to 8 bits, for CPUs; ``qwen3core parity --dtype int8``
         shows the price. device: None is the first GPU, else the CPU. max_length: tokens per input, template included;
-        longer inputs lose content. split_special_tokens: see ``Tokenizer``.
+        longer inputs lose content. split_special_tokens: see ``Tokenizer``. keep_tokens: keep the keys and values of
+        prompts and queries for later calls, up to so many tokens (0.6B: 0.2 MB each in float32); for weights that do
+        not change meanwhile, else ``kept.clear()``.
         Raises CheckpointError for what is wrong with the files, InputError for the options.
         """
         directory = find(path_or_id, revision=revision)
@@ -78,7 +86,11 @@ class Pretrained:
         tokenizer = Tokenizer(directory / "tokenizer.json", split_special_tokens=split_special_tokens)
         extra = directory / "config_sentence_transformers.json"
         return cls(
-            model, tokenizer, max_length=max_length, sentence_transformers=read_json(extra) if extra.exists() else None
+            model,
+            tokenizer,
+            max_length=max_length,
+            keep_tokens=keep_tokens,
+            sentence_transformers=read_json(extra) if extra.exists() else None,
         )
 
     @property
@@ -129,16 +141,36 @@ class Pretrained:
                 sequences = assemble(ids)
                 self._check(block, sequences, batch_tokens)
                 heads = None if watched else shared_heads(sequences, [prefixes[i] for i in block])
-                for group in plan([len(s) for s in sequences], batch_tokens or BATCH_TOKENS, heads):
+                past = self._past(heads) if heads and self.keep_tokens else None
+                for group in plan(
+                    [len(s) for s in sequences], batch_tokens or BATCH_TOKENS.get(self.device.type, 4096), heads
+                ):
                     batch = pack(
                         [sequences[i] for i in group],
                         device=self.device,
                         indices=[block[i] for i in group],
                         heads=heads and [heads[i] for i in group],
+                        past=past,
                     )
                     out[to_device(torch.tensor(batch.indices), self.device)] = function(batch)
                     bar.update(len(group))
         return out if len(distinct) == len(texts) else out[same]
+
+    def _past(self, heads: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], KeysValues]:
+        """As many of these heads as ``keep_tokens`` allows, those of the longest time ago dropped for them."""
+        past: dict[tuple[int, ...], KeysValues] = {}
+        room = self.keep_tokens
+        for head in dict.fromkeys(heads):
+            if 0 < len(head) <= room:
+                room -= len(head)
+                if head not in self.kept:
+                    self.kept[head] = self.model.keys_values(pack([head], device=self.device))
+                past[head] = self.kept.pop(head)
+        self.kept |= past
+        for head in list(self.kept):
+            if sum(map(len, self.kept)) > self.keep_tokens:
+                del self.kept[head]
+        return past
 
     def _check(self, indices: list[int], sequences: list[list[int]], batch_tokens: int | None) -> None:
         """Raise InputError for a sequence that the model or the batch cannot hold."""
@@ -174,12 +206,13 @@ def stream(
 
 
 def ahead(blocks: Iterable[A], work: Callable[[A], B]) -> Iterator[B]:
-    """``work`` of each block, done in a thread while the caller is busy with the block before."""
-    with ThreadPoolExecutor(1) as thread:
-        waiting: deque[Future[B]] = deque()
-        for block in blocks:
-            waiting.append(thread.submit(work, block))
-            if len(waiting) > 1:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    """``work`` of each block, the next one's done in a thread while the caller is busy with this one's."""
+    source = iter(blocks)
+    for first in source:
+        result = work(first)
+        with ThreadPoolExecutor(1) as thread:
+            for block in source:
+                future = thread.submit(work, block)
+                yield result
+                result = future.result()
+        yield result

@@ -115,32 +115,71 @@ def test_no_shortcut_changes_a_result(embedding_dir, reranker_dir, monkeypatch, 
         assert np.abs(again - scores).max() <= SAME_TEXT_FP32
 
 
-@pytest.mark.parametrize(("kind", "tokens"), [("equal", 4), ("prompt", 9), ("query", None)])
-def test_what_is_shared_is_computed_once(embedding_dir, reranker_dir, monkeypatch, kind, tokens):
-    laid = []
+@pytest.fixture
+def laid(monkeypatch):
+    """Tokens of each batch that is computed."""
+    found = []
 
     def spy(*args, **options):
         batch = pack(*args, **options)
-        laid.append(len(batch.input_ids))
+        found.append(len(batch.input_ids))
         return batch
 
     monkeypatch.setattr(pretrained, "pack", spy)
-    if kind == "query":
-        reranker = Reranker.from_pretrained(reranker_dir, device="cpu")
-        pairs = [("what is gravity? " * 20, d) for d in ("aa", "bb", "cc", "dd")]
-        reranker.predict(pairs[0])
-        reranker.predict(pairs)
-        own = sum(laid[1:]) - laid[0]
-        assert own < 0.25 * laid[0]
-        return
+    return found
+
+
+def test_what_texts_share_is_computed_once(embedding_dir, laid):
     embedder = Embedder.from_pretrained(embedding_dir, device="cpu")
-    [ids] = embedder.tokenizer.embedding(["gravity"], 100)
-    if kind == "equal":
-        embedder.encode(["gravity"] * 50)
-        assert laid == [len(ids)]
-    else:
-        prompt = "a long instruction of many words: "
-        embedder.encode(["gravity", "gravity gravity", "b"], prompt=prompt)
-        [alone] = embedder.tokenizer.content([prompt])
-        singles = embedder.tokenizer.embedding([prompt + t for t in ("gravity", "gravity gravity", "b")], 1000)
-        assert laid[0] <= sum(map(len, singles)) - 2 * (len(alone) - 1)
+    embedder.encode(["gravity"] * 50)
+    assert laid == [len(embedder.tokenizer.embedding(["gravity"], 100)[0])]
+    prompt, texts = "a long instruction of many words: ", ["gravity", "gravity gravity", "b"]
+    embedder.encode(texts, prompt=prompt)
+    apart = sum(map(len, embedder.tokenizer.embedding([prompt + text for text in texts], 1000)))
+    [ids] = embedder.tokenizer.content([prompt])
+    assert laid[1] <= apart - 2 * (len(ids) - 1)
+
+
+def test_what_pairs_share_is_computed_once(reranker_dir, laid):
+    reranker = Reranker.from_pretrained(reranker_dir, device="cpu")
+    pairs = [("what is gravity? " * 20, d) for d in ("aa", "bb", "cc", "dd")]
+    reranker.predict(pairs[0])
+    reranker.predict(pairs)
+    assert laid[1] < 1.25 * laid[0]
+    reranker.predict([(q, "aa") for q in ("one", "two", "three", "four")])  # share the system prompt
+    assert laid[2] < 2 * laid[0]
+
+
+def test_kept_heads_change_no_result(embedding_dir, reranker_dir):
+    embedder = Embedder.from_pretrained(embedding_dir, dtype="float32", device="cpu")
+    reranker = Reranker.from_pretrained(reranker_dir, dtype="float32", device="cpu")
+    pairs = [(q, d) for q in ("what is gravity?", "yes") for d in TEXTS]
+    vectors, scores = embedder.encode_query(TEXTS), reranker.predict(pairs)
+    keep = {"dtype": "float32", "device": "cpu", "keep_tokens": 1000}
+    embedder = Embedder.from_pretrained(embedding_dir, **keep)
+    reranker = Reranker.from_pretrained(reranker_dir, **keep)
+    for _ in range(2):
+        assert np.abs(embedder.encode_query(TEXTS) - vectors).max() <= SAME_TEXT_FP32
+        assert np.abs(np.stack([embedder.encode_query(text) for text in TEXTS]) - vectors).max() <= SAME_TEXT_FP32
+        assert np.abs(reranker.predict(pairs[::-1], batch_tokens=2000)[::-1] - scores).max() <= SAME_TEXT_FP32
+    assert len(embedder.kept) == 1
+    assert len(reranker.kept) == 2
+
+
+def test_kept_heads_are_used_and_bounded(reranker_dir, laid):
+    reranker = Reranker.from_pretrained(reranker_dir, device="cpu", keep_tokens=10_000)
+    pairs = [("what is gravity? " * n, d) for n in (1, 2) for d in ("a", "b")]
+    reranker.predict(pairs[:2])
+    head, texts = laid
+    reranker.predict(pairs[:2])
+    assert laid[2:] == [texts]  # nothing but what is the pairs' own
+    assert [len(h) for h in reranker.kept] == [head]
+    reranker.keep_tokens = head + 50
+    reranker.predict(pairs[2:])
+    [longer] = map(len, reranker.kept)  # the older one had to go
+    assert head < longer <= head + 50
+    reranker.predict(pairs)  # both do not fit: one is kept, the other is laid down in the batch
+    assert len(reranker.kept) == 1
+    reranker.keep_tokens = 10
+    reranker.predict(pairs)
+    assert reranker.kept == {}
