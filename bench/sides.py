@@ -80,12 +80,12 @@ def _split(items: Sequence[Any], batch_size: int | None) -> list[Sequence[Any]]:
 
 
 def _qwen3core_embed(directory: Path, dtype: str, device: str) -> Embed:
-    embedder = Embedder.from_pretrained(directory, dtype=dtype, device=device)
+    embedder = Embedder.from_pretrained(directory, dtype="auto" if dtype == "bfloat16" else dtype, device=device)
     return lambda texts: embedder.encode(texts, prompt="")
 
 
 def _qwen3core_rerank(directory: Path, dtype: str, device: str) -> Rerank:
-    reranker = Reranker.from_pretrained(directory, dtype=dtype, device=device)
+    reranker = Reranker.from_pretrained(directory, dtype="auto" if dtype == "bfloat16" else dtype, device=device)
     return lambda query, documents: reranker.predict([(query, document) for document in documents])
 
 

@@ -64,12 +64,15 @@ def pack(
 
     heads: for each sequence, ids that it begins with and continues; equal heads are laid down, and so computed, once.
     past: heads that were computed before.
-    Raises InputError for an empty list or an empty sequence.
+    Raises InputError for an empty list, an empty sequence, or a head that is not one.
     """
     lengths = [len(s) for s in sequences]
     if not lengths or min(lengths) == 0:
         raise InputError(f"pack: expected one or more sequences of at least one token, found lengths {lengths[:8]}")
     heads = heads or [()] * len(sequences)
+    for n, (sequence, head) in enumerate(zip(sequences, heads, strict=True)):
+        if len(head) >= len(sequence) or tuple(sequence[: len(head)]) != head:
+            raise InputError(f"pack: sequence {n}: expected it to begin with its head and continue, found otherwise")
     past = past or {}
     known = [head for head in dict.fromkeys(heads) if head in past]
     shared = [head for head in dict.fromkeys(heads) if head and head not in past]

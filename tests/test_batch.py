@@ -63,6 +63,12 @@ def test_pack_lays_shared_heads_down_once():
     assert batch.last.cu_seqlens_k.tolist() == [0, 3, 5, 9]
 
 
+@pytest.mark.parametrize("head", [(2,), (1, 2, 3), (1, 2, 3, 4)])
+def test_pack_refuses_a_head_that_is_not_one(head):
+    with pytest.raises(InputError, match="pack: sequence 1: expected it to begin with its head and continue"):
+        pack([[9], [1, 2, 3]], heads=[(), head])
+
+
 def test_shared_heads_end_where_one_of_their_texts_does():
     a, b = (1, 2, 3), (9,)
     sequences = [[1, 2, 3, 4], [1, 2, 8], [1, 2], [9, 9], [7]]
