@@ -123,17 +123,35 @@ def query(setup: Setup) -> Iterator[Row]:
         yield row | {p: row[p] / len(texts) for p in ("p20", "p50", "p80") if p in row}
 
 
+SCRIPTS = {
+    OURS: """
+from qwen3core import Embedder
+Embedder.from_pretrained(directory).encode(text)""",
+    "transformers": """
+import torch
+from transformers import AutoModel, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
+model = AutoModel.from_pretrained(directory, dtype="auto")
+with torch.no_grad():
+    model(**tokenizer(text, return_tensors="pt")).last_hidden_state[:, -1].float().numpy()""",
+    "sentence-transformers": """
+from sentence_transformers import SentenceTransformer
+SentenceTransformer(directory, device="cpu").encode(text)""",
+}
+
+
 def startup(setup: Setup) -> Iterator[Row]:
-    """A process from its start to its first vector, files in the page cache."""
-    task = {"texts": [QUERY]}
-    found: dict[str, list[float]] = {}
-    for repeat in range(setup.repeats + 1):
-        for name in ("transformers", "sentence-transformers", OURS):
-            start = time.perf_counter()
-            child(setup, name, task)
-            if repeat:
-                found.setdefault(name, []).append((time.perf_counter() - start) * 1e3)
+    """A process from its start to its end after one vector, files in the page cache, the checkpoint's own dtype."""
+    runs = {
+        name: partial(run_script, f"directory, text = {str(setup.embedding)!r}, {QUERY!r}{script}")
+        for name, script in SCRIPTS.items()
+    }
+    found = harness.alternate(runs, repeats=setup.repeats, warmup=1)
     yield from statistics({"question": "start-up", "workload": "first vector"}, found)
+
+
+def run_script(script: str) -> None:
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True)
 
 
 def memory(setup: Setup) -> Iterator[Row]:

@@ -76,7 +76,8 @@ def _split(items: Sequence[Any], batch_size: int | None) -> list[Sequence[Any]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-# qwen3core: packed batches of its own planning.
+# qwen3core: packed batches of its own planning. A bfloat16 checkpoint is opened as it is by default, which on a CPU
+# that has no instructions for it means float32 arithmetic on the bfloat16 weights.
 
 
 def _qwen3core_embed(directory: Path, dtype: str, device: str) -> Embed:
