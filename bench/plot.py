@@ -39,15 +39,10 @@ def chart(path: Path, device: str, rows: list[dict], group: str, value: str, lab
     save(figure, path)
 
 
-def engines(folder: Path) -> None:
+def engines(folder: Path, device: str, found: list[dict]) -> None:
     """engines.png: the time of every side as a multiple of qwen3core's; growth.png: the cost of a token."""
-    compared, growth, device = [], [], ""
-    for path in sorted(folder.glob("*_*.json")):
-        found = json.loads(path.read_text("utf-8"))
-        rows = [row | {"dtype": path.stem.rpartition("_")[2]} for row in found["rows"] if "ratio" in row]
-        device = found["environment"]["device"]
-        growth += [row for row in rows if row["question"] == "growth"]
-        compared += [row for row in rows if row["question"] != "growth"]
+    growth = [row for row in found if row["question"] == "growth"]
+    compared = [row for row in found if row["question"] != "growth"]
     groups = list(dict.fromkeys((row["question"], row["workload"], row["dtype"]) for row in compared))
     sides = list(dict.fromkeys(row["side"] for row in compared if row["side"] != "qwen3core"))
     if groups:

@@ -49,9 +49,9 @@ class Setup:
     """Share of the full workload's texts."""
     quick: bool
 
-    def texts(self, lengths: list[int], seed: int = 0) -> tuple[list[str], int]:
+    def texts(self, lengths: list[int]) -> tuple[list[str], int]:
         """Texts of about these lengths in tokens, no two alike, and their tokens in all."""
-        words, chance = LONG_DOCUMENT.split(), random.Random(seed)
+        words, chance = LONG_DOCUMENT.split(), random.Random(0)
         tokenizer = Tokenizer(self.embedding / "tokenizer.json")
         texts = []
         for n in lengths:
@@ -281,7 +281,7 @@ def main() -> None:
         if args.full:
             from bench import plot
 
-            plot.engines(path.parent)
+            plot.engines(path.parent, environment["device"], ratios(path.parent))
             write_table(path.parent)
 
 
@@ -289,14 +289,19 @@ def line(row: Row) -> str:
     return "  ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values())
 
 
-def table(results: Path) -> str:
-    """The README's table: how many times our time each side took, from all results in a folder."""
-    found = [
+def ratios(results: Path) -> list[Row]:
+    """The rows of all results in a folder that compare times, with their dtype."""
+    return [
         row | {"dtype": path.stem.rpartition("_")[2]}
         for path in sorted(results.glob("*_*.json"))
         for row in json.loads(path.read_text("utf-8"))["rows"]
-        if "ratio" in row and row["question"] != "growth"
+        if "ratio" in row
     ]
+
+
+def table(results: Path) -> str:
+    """The README's table: how many times our time each side took, from all results in a folder."""
+    found = [row for row in ratios(results) if row["question"] != "growth"]
     names = dict.fromkeys(row["side"] for row in found if row["side"] != OURS)
     lines = [f"| workload | {OURS} | " + " | ".join(names) + " |", "|---|---:" + "|---:" * len(names) + "|"]
     for key in dict.fromkeys((row["question"], row["workload"], row["dtype"]) for row in found):
@@ -307,8 +312,8 @@ def table(results: Path) -> str:
         )
         if key[0] == "one query":
             speed = f"{ours['p50']:.0f} ms"
-        ratios = (f"{cells[n]['ratio']:.2f}x" if n in cells else "" for n in names)
-        lines.append(f"| {key[0]}, {key[1]}, {key[2]} | {speed} | " + " | ".join(ratios) + " |")
+        cells_of_sides = (f"{cells[n]['ratio']:.2f}x" if n in cells else "" for n in names)
+        lines.append(f"| {key[0]}, {key[1]}, {key[2]} | {speed} | " + " | ".join(cells_of_sides) + " |")
     return "\n".join(lines)
 
 

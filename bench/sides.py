@@ -7,7 +7,7 @@
 
 Every side reads text and returns numpy on the host, so that a timed call holds its tokenisation, batching and copies.
 onnxruntime and llama.cpp are here on the CPU alone and need the checkpoint in another format: the first opening writes
-it, into ``cache``, and no timed call does.
+it, into a folder beside the checkpoint, and no timed call does.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,13 @@ Rerank = Callable[..., np.ndarray]
 """(query, documents, batch_size=None) to P(yes) for the default task, float32 [n]."""
 
 MAX_LENGTH = 8192
+CACHE = "bench-cache"
 GGUF_TYPES = {"float32": "F32", "bfloat16": "BF16"}
 
 
-def embedders(
-    directory: Path, dtype: str, names: Iterable[str] | None = None, *, cache: Path | None = None, device: str = "cpu"
-) -> dict[str, Callable[[], Embed]]:
-    """Openers by side: those for dtype and device, of them those in names. cache: by default beside the checkpoint."""
-    cache = cache or directory.parent / "bench-cache"
+def embedders(directory: Path, dtype: str, *, device: str = "cpu") -> dict[str, Callable[[], Embed]]:
+    """Openers by side, those for dtype and device."""
+    cache = directory.parent / CACHE
     sides: dict[str, Callable[[], Embed]] = {
         "qwen3core": lambda: _qwen3core_embed(directory, dtype, device),
         "transformers": lambda: _transformers_embed(directory, dtype, device),
@@ -52,14 +51,12 @@ def embedders(
         sides["llama.cpp Q8_0"] = lambda: _llama_embed(directory, "Q8_0", cache)
     if device == "cpu" and dtype == "float32":  # its CPU kernels know no bfloat16
         sides["onnxruntime"] = lambda: _onnxruntime_embed(directory, cache)
-    return {name: opener for name, opener in sides.items() if names is None or name in names}
+    return sides
 
 
-def rerankers(
-    directory: Path, dtype: str, names: Iterable[str] | None = None, *, cache: Path | None = None, device: str = "cpu"
-) -> dict[str, Callable[[], Rerank]]:
-    """Openers by side: those for dtype and device, of them those in names. cache: by default beside the checkpoint."""
-    cache = cache or directory.parent / "bench-cache"
+def rerankers(directory: Path, dtype: str, *, device: str = "cpu") -> dict[str, Callable[[], Rerank]]:
+    """Openers by side, those for dtype and device."""
+    cache = directory.parent / CACHE
     sides: dict[str, Callable[[], Rerank]] = {
         "qwen3core": lambda: _qwen3core_rerank(directory, dtype, device),
         "transformers": lambda: _transformers_rerank(directory, dtype, device),
@@ -68,7 +65,7 @@ def rerankers(
     if device == "cpu":
         sides["llama.cpp"] = lambda: _llama_rerank(directory, GGUF_TYPES[dtype], cache)
         sides["llama.cpp Q8_0"] = lambda: _llama_rerank(directory, "Q8_0", cache)
-    return {name: opener for name, opener in sides.items() if names is None or name in names}
+    return sides
 
 
 def _split(items: Sequence[Any], batch_size: int | None) -> list[Sequence[Any]]:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .errors import InputError, check_int
+from .errors import InputError
 
 ALL = slice(None)
 KeysValues = list[tuple[Tensor, Tensor]]
@@ -129,7 +129,6 @@ def plan(lengths: Sequence[int], batch_tokens: int, heads: Sequence[tuple[int, .
 
     Longest first among sequences of one head, which a group counts once.
     """
-    check_int("batch_tokens", batch_tokens, 1)
     heads = heads or [()] * len(lengths)
     number = {head: i for i, head in enumerate(dict.fromkeys(heads))}
     groups: list[list[int]] = []
