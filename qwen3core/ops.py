@@ -9,6 +9,7 @@ silence.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -152,13 +153,20 @@ def _lean(x: Tensor) -> bool:
 def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
 ) -> Tensor:
+    """One call for neighbours of equal lengths, which sorted batches are full of."""
     out = []
-    for rows_q, rows_k in reference.sequences(cu_seqlens_q, cu_seqlens_k):
-        queries, keys, values = (x.transpose(0, 1) for x in (q[rows_q], k[rows_k], v[rows_k]))
-        causal = queries.shape[1] == keys.shape[1]  # SDPA's own is aligned at the top left; one query sees all
-        mask = None if causal or queries.shape[1] == 1 else reference.visible(queries, keys)
-        z = F.scaled_dot_product_attention(
-            queries[None], keys[None], values[None], mask, is_causal=causal, enable_gqa=True
-        )
-        out.append(z[0].transpose(0, 1))
+    for (len_q, len_k), run in groupby(reference.sequences(cu_seqlens_q, cu_seqlens_k), _lengths):
+        rows = list(run)
+        (first_q, first_k), (last_q, last_k) = rows[0], rows[-1]
+        queries = q[first_q.start : last_q.stop].unflatten(0, (-1, len_q)).transpose(1, 2)
+        keys, values = (x[first_k.start : last_k.stop].unflatten(0, (-1, len_k)).transpose(1, 2) for x in (k, v))
+        causal = len_q == len_k  # SDPA's own is aligned at the top left; one query sees all
+        mask = None if causal or len_q == 1 else reference.visible(queries[0], keys[0])
+        z = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal, enable_gqa=True)
+        out.append(z.transpose(1, 2).flatten(0, 1))
     return torch.cat(out)
+
+
+def _lengths(rows: tuple[slice, slice]) -> tuple[int, int]:
+    rows_q, rows_k = rows
+    return rows_q.stop - rows_q.start, rows_k.stop - rows_k.start
