@@ -6,7 +6,9 @@ are refused, since a pickle runs code.
 
 import os
 import re
-from collections.abc import Container, Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -14,6 +16,7 @@ import huggingface_hub
 import torch
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qwen3core.config import Qwen3Config, read_json
@@ -156,6 +159,13 @@ class Tensors:
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 
+    def files(self) -> dict[Path, dict[str, str]]:
+        """Of every safetensors file, parameter names to the keys they have there."""
+        files: dict[Path, dict[str, str]] = {}
+        for name, (file, key, _) in self._where.items():
+            files.setdefault(file, {})[name] = key
+        return files
+
     def shape(self, name: str) -> tuple[int, ...]:
         _, key, handle = self._locate(name)
         return tuple(handle.get_slice(key).get_shape())
@@ -228,6 +238,37 @@ def _open(file: Path) -> safe_open:
         raise CheckpointError(
             f"{file}: expected a safetensors file, found {file.stat().st_size} bytes that are not one ({error})"
         ) from error
+
+
+def is_embedding(directory: Path) -> bool:
+    """Whether modules.json, of sentence-transformers, names a pooling; rerankers have none."""
+    modules = directory / "modules.json"
+    return modules.exists() and "Pooling" in modules.read_text("utf-8")
+
+
+def rewrite(source: str | Path, directory: str | Path, tensor: Callable[[str], Tensor]) -> None:
+    """Write a checkpoint like ``source`` with other weights: same files, keys, shapes and dtypes; a shard in memory.
+
+    tensor: by parameter name. ``directory`` is made if need be; its files change only once all are written. Raises
+    InputError where it is ``source`` itself.
+    """
+    source, directory = Path(source), Path(directory)
+    if directory.exists() and directory.samefile(source):
+        raise InputError(f"{directory}: expected a directory other than the source's, found the same")
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = Tensors(source)
+    others = [p for p in source.rglob("*") if p.is_file() and p.suffix != ".safetensors"]
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".part.") as part:
+        for file, keys in tensors.files().items():
+            shard = {key: tensor(name).to(tensors[name].dtype).contiguous() for name, key in keys.items()}
+            save_file(shard, Path(part) / file.name, metadata={"format": "pt"})
+        for path in others:
+            copy = Path(part) / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+        for path in sorted(Path(part).rglob("*")):
+            target = directory / path.relative_to(part)
+            target.mkdir(exist_ok=True) if path.is_dir() else os.replace(path, target)
 
 
 def as_device(device: str | torch.device | None) -> torch.device:
