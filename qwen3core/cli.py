@@ -1,4 +1,4 @@
-"""The qwen3core command: demo, embed, rerank, parity, inspect, synthesize."""
+"""The qwen3core command: demo, embed, rerank, train, merge, eval, parity, inspect, synthesize."""
 
 import argparse
 import importlib.util
@@ -9,6 +9,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,14 +17,20 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from . import prompts, samples
+from . import evaluate as evaluation
+from . import losses, prompts, samples
+from .data import parse_json, read_examples, read_text
 from .embedder import Embedder
 from .errors import InputError, Qwen3CoreError, check_int
+from .lora import add_lora, merged_weights, save_lora
 from .parity import parity as compare
 from .pretrained import MAX_LENGTH, Pretrained
 from .reranker import Reranker
 from .tokenizer import Tokenizer
-from .weights.checkpoint import find, open_model
+from .train import Options, embedding_task, reranking_task
+from .train import train as run_training
+from .weights.checkpoint import find, is_embedding, open_model, rewrite
+from .weights.merge import merge as merge_checkpoints
 from .weights.synthesize import synthesize as write_checkpoint
 
 Opened = TypeVar("Opened", bound=Pretrained)
@@ -141,9 +148,70 @@ def inspect(args: argparse.Namespace) -> int:
     return 0 if all(checks.values()) else 1
 
 
+def train(args: argparse.Namespace) -> int:
+    examples = read_examples(args.inputs)
+    directory = find(args.model, revision=args.revision)
+    options = Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
+    common = {"instruction": args.instruction, "max_length": args.max_length}
+    opened: Embedder | Reranker
+    if args.kind == "embedding" or (args.kind == "auto" and is_embedding(directory)):
+        opened = Embedder.from_pretrained(directory, dtype="float32", device=args.device, ops=args.ops)
+        dims = args.dims or [opened.model.config.hidden_size]
+        task = embedding_task(
+            examples, opened.tokenizer, dims=dims, temperature=args.temperature, margin=args.margin, **common
+        )
+    else:
+        opened = Reranker.from_pretrained(directory, dtype="float32", device=args.device, ops=args.ops)
+        loss = losses.listwise if args.listwise else losses.pointwise
+        task = reranking_task(examples, opened.tokenizer, loss=loss, **common)
+    model = opened.model.requires_grad_()
+    if args.lora:
+        add_lora(model, args.lora, seed=args.seed)
+    run_training(model, task, options, args.output / "training")
+    if int(os.environ.get("RANK", 0)) == 0:
+        if args.lora:
+            save_lora(model, args.output / "adapter", head=isinstance(opened, Reranker))
+        weights = merged_weights(model) if args.lora else model.state_dict()
+        rewrite(directory, args.output, weights.__getitem__)
+        print(args.output)
+    return 0
+
+
+def merge(args: argparse.Namespace) -> int:
+    _new(args.output)
+    merge_checkpoints([find(m) for m in args.models], args.output, weights=args.weights, linear=args.linear)
+    print(args.output)
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    if not args.sts and not args.retrieval:
+        raise InputError("eval: expected --sts or --retrieval, found neither")
+    pairs = evaluation.read_sts(args.sts) if args.sts else []
+    data = evaluation.read_retrieval(args.retrieval, args.qrels) if args.retrieval else None
+    embedder = _open(Embedder, args)
+    reranker = Reranker.from_pretrained(args.reranker, dtype=args.dtype, ops=args.ops) if args.reranker else None
+    for dim in args.dims or [embedder.model.config.hidden_size]:
+        row: dict[str, float] = {}
+        if pairs:
+            row["spearman"] = evaluation.sts(embedder, pairs, dim=dim)
+        if data:
+            run = evaluation.search(embedder, data, dim=dim)
+            row |= evaluation.measure(data, run)
+            if reranker:
+                again = evaluation.measure(data, evaluation.rerank(reranker, data, run))
+                row |= {f"reranked {name}": value for name, value in again.items()}
+        print(f"dim {dim}", *(f"{name} {value:.4f}" for name, value in row.items()), sep="  ", flush=True)
+    return 0
+
+
+def _new(directory: Path) -> None:
+    if directory.exists() and any(directory.iterdir()):
+        raise InputError(f"{directory}: expected a new or an empty directory, found files in it")
+
+
 def synthesize(args: argparse.Namespace) -> int:
-    if args.directory.exists() and any(args.directory.iterdir()):
-        raise InputError(f"{args.directory}: expected a new or an empty directory, found files in it")
+    _new(args.directory)
     print(write_checkpoint(args.directory, args.layout, seed=args.seed, tokenizer=args.tokenizer))
     return 0
 
@@ -158,25 +226,15 @@ def _read(inputs: Sequence[str]) -> list[tuple[Any, str]]:
         if item == "-":
             text = sys.stdin.read()
         elif item.endswith((".txt", ".jsonl")):
-            try:
-                text = Path(item).read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise InputError(f"{item}: expected UTF-8 text, found byte {error.object[error.start]:#x}") from error
+            text = read_text(item)
         else:
             rows.append((item, f"argument {item[:40]!r}"))
             continue
         # Not splitlines: U+2028 and its like are part of a text.
         for number, line in enumerate(text.removesuffix("\n").split("\n") if text else [], 1):
             where = f"{'standard input' if item == '-' else item}, line {number}"
-            rows.append((_json(line, where) if item.endswith(".jsonl") else line, where))
+            rows.append((parse_json(line, where) if item.endswith(".jsonl") else line, where))
     return rows
-
-
-def _json(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: expected JSON, found {line[:80]!r}") from error
 
 
 def _text(row: Any, field: str, where: str) -> str:
@@ -224,8 +282,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(run: Callable[[argparse.Namespace], int], text: str, *, model: bool = True) -> argparse.ArgumentParser:
-        sub = commands.add_parser(run.__name__, help=text, description=text)
+    def command(
+        run: Callable[[argparse.Namespace], int], text: str, *, name: str = "", model: bool = True
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name or run.__name__, help=text, description=text)
         sub.set_defaults(run=run)
         if model:
             sub.add_argument("model", metavar="MODEL", help="checkpoint directory or hub id")
@@ -261,6 +321,40 @@ def _parser() -> argparse.ArgumentParser:
     working(sub, "one document per line, .jsonl rows with 'text', or without --query rows with 'query' and 'document'")
     sub.add_argument("--query", help="rank the inputs for this query")
     sub.add_argument("--top-k", type=int, help="with --query: only the best")
+    sub = command(train, "train on rows of query, response, rejected_response; writes an official-layout checkpoint")
+    sub.add_argument("inputs", nargs="+", metavar="DATA", help=".jsonl files; formats in qwen3core/data.py")
+    sub.add_argument("-o", "--output", type=Path, required=True, help="directory; the same call resumes there")
+    sub.add_argument("--kind", default="auto", choices=("auto", "embedding", "reranker"))
+    sub.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank (peft), merged at the end")
+    sub.add_argument("--instruction", default=prompts.DEFAULT_TASK, help="of queries that have none of their own")
+    sub.add_argument("--max-length", type=int, default=512, help="tokens per input, template included")
+    sub.add_argument(
+        "--dims", type=int, nargs="+", help="embedding: widths to train (Matryoshka); by default the whole"
+    )
+    sub.add_argument("--temperature", type=float, default=0.02, help="embedding: of InfoNCE")
+    sub.add_argument("--margin", type=float, default=0.1, help="embedding: above the positive, no longer a negative")
+    sub.add_argument("--listwise", action="store_true", help="reranker: rank a positive above its own negatives")
+    sub.add_argument("--device", help="cpu, cuda, ...; by default the first GPU where there is one")
+    sub.add_argument("--ops", default="auto", help="auto, reference, torch or triton")
+    for field in fields(Options):
+        flag = f"--{field.name.replace('_', '-')}"
+        if isinstance(field.default, bool):
+            sub.add_argument(flag, action="store_true")
+        else:
+            sub.add_argument(flag, type=type(field.default), default=field.default, help=f"default {field.default}")
+    sub = command(merge, "one checkpoint out of several of the same shape", model=False)
+    sub.add_argument("models", nargs="+", metavar="MODEL", help="checkpoint directories or hub ids")
+    sub.add_argument("-o", "--output", type=Path, required=True, help="a new directory")
+    sub.add_argument("--weights", type=float, nargs="+", help="the share of each; equal by default")
+    sub.add_argument("--linear", action="store_true", help="by weighted mean, in place of spherically")
+    sub = command(evaluate, "quality on sentence pairs and on a retrieval set", name="eval")
+    sub.add_argument("--sts", help="STSbenchmark's csv, or .jsonl rows of sentence1, sentence2, score")
+    sub.add_argument("--retrieval", metavar="FOLDER", help="BEIR's corpus.jsonl, queries.jsonl, qrels/test.tsv")
+    sub.add_argument("--qrels", help="another file of judgements, BEIR's or TREC's")
+    sub.add_argument("--reranker", metavar="MODEL", help="rerank the best 100 of each query as well")
+    sub.add_argument("--dims", type=int, nargs="+", help="widths of the vectors; by default the whole")
+    sub.add_argument("--split-special-tokens", action="store_true", help="read <|im_end|> and the like as plain text")
+    running(sub)
     sub = command(parity, "compare with transformers, layer by layer")
     sub.add_argument("--inputs", nargs="+", default=[], metavar="INPUT", help="texts to compare on, as for embed")
     sub.add_argument("--kind", default="auto", choices=("auto", "embedding", "reranker"))

@@ -27,7 +27,7 @@ from .model import Qwen3Model
 from .ops import Ops, resolve
 from .prompts import DEFAULT_TASK, RERANKER_PREFIX, RERANKER_SUFFIX, embedding_query, reranker_body
 from .tokenizer import Tokenizer
-from .weights.checkpoint import Tensors, as_device, as_dtype, find, open_model, quantize
+from .weights.checkpoint import Tensors, as_device, as_dtype, find, is_embedding, open_model, quantize
 
 FP32_TOLERANCE = 1e-5
 """float32: largest relative difference of a layer, largest absolute one of vectors and scores. transformers' own
@@ -102,8 +102,7 @@ def parity(
     """
     directory = find(path_or_id, revision=revision)
     if kind == "auto":
-        modules = directory / "modules.json"
-        kind = "embedding" if modules.exists() and "Pooling" in modules.read_text("utf-8") else "reranker"
+        kind = "embedding" if is_embedding(directory) else "reranker"
     if kind not in ("embedding", "reranker"):
         raise InputError(f"kind: expected auto, embedding or reranker, found {kind!r}")
     reranker = kind == "reranker"

@@ -34,3 +34,9 @@ REORDERED_FP32 = 1e-6
 # exactly so as autograd computes it; a kernel subtracts two float32 sums of D products, equal but for their roundings
 # (seen: up to 3 of 2^-23).
 CANCELLED = 2**-21
+
+# Gradients of whole weights, float32: sums over a batch in another order, forward and backward.
+GRADIENT_FP32 = 1e-5
+
+# A loss after a few steps, whose weights have been rounded differently from the first on.
+LOSS_FP32 = 1e-4

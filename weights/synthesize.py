@@ -9,6 +9,7 @@ answers of the reranker that do not saturate. On plain N(0, 0.02) weights, half 
 import json
 import shutil
 import struct
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -189,8 +190,10 @@ ADDED = [
 """Qwen's added tokens that tokenizer.json does not mark as special."""
 
 
-def small_tokenizer() -> tokenizers.Tokenizer:
-    """A byte-level BPE of about 600 tokens with Qwen's normalizer, pre-tokenizer, added tokens, and yes and no."""
+def small_tokenizer(texts: Sequence[str] = (), vocab_size: int = 576) -> tokenizers.Tokenizer:
+    """A byte-level BPE, trained on our templates and ``texts``, with Qwen's normalizer, pre-tokenizer, added tokens
+    beside the ``vocab_size``, and yes and no.
+    """
     tok = tokenizers.Tokenizer(models.BPE())
     tok.normalizer = normalizers.NFC()
     tok.pre_tokenizer = pre_tokenizers.Sequence(
@@ -201,9 +204,12 @@ def small_tokenizer() -> tokenizers.Tokenizer:
     )
     tok.decoder = decoders.ByteLevel()
     tok.post_processor = processors.ByteLevel(trim_offsets=False)
-    text = [prompts.RERANKER_PREFIX, prompts.RERANKER_BODY, prompts.DEFAULT_TASK, __doc__, *["yes", "no"] * 100]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tok.train_from_iterator(text, trainers.BpeTrainer(vocab_size=576, initial_alphabet=alphabet, show_progress=False))
+    templates = [prompts.RERANKER_PREFIX, prompts.RERANKER_BODY, prompts.DEFAULT_TASK, __doc__]
+    text = [*(templates if not texts else templates[:3] * 1000), *["yes", "no"] * 100, *texts]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tok.train_from_iterator(text, trainer)
     tok.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     tok.add_tokens([AddedToken(token, special=False, normalized=False) for token in ADDED])
     return tok

@@ -1,0 +1,44 @@
+"""LoRA (arXiv:2106.09685) through peft: adapters on every projection of the decoder, in peft's own format."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import InputError, check_int
+from .model import Qwen3Model
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def add_lora(model: Qwen3Model, rank: int, *, seed: int = 0) -> None:
+    """Put adapters into the model, which then are its only parameters that require gradients. Raises InputError."""
+    check_int("lora", rank, 1)
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise InputError(f"lora: expected the package peft (pip install peft), found that {error}") from error
+    torch.manual_seed(seed)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS), model)
+
+
+def save_lora(model: Qwen3Model, folder: Path, *, head: bool) -> None:
+    """The adapters in peft's format; for transformers' model with its ``head``, or without."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = "base_model.model.model." if head else "base_model.model."
+    adapters = get_peft_model_state_dict(model)
+    save_file({prefix + name: x.contiguous() for name, x in adapters.items()}, folder / "adapter_model.safetensors")
+    model.peft_config["default"].save_pretrained(folder)  # type: ignore[union-attr, index]
+
+
+def merged_weights(model: Qwen3Model) -> dict[str, Tensor]:
+    """The model's weights with the adapters added, under the checkpoint's names."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+    return {name.replace(".base_layer", ""): x for name, x in model.state_dict().items() if ".lora_" not in name}

@@ -1,0 +1,302 @@
+"""Training, on checkpoints of random weights: the losses by hand, and what the loop promises."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import tolerances
+import torch
+from torch.nn import functional as F
+
+from qwen3core import Embedder, InputError, Reranker, losses
+from qwen3core.cli import main
+from qwen3core.data import Example, read_examples
+from qwen3core.losses import Groups
+from qwen3core.train import Options, embedding_task, reranking_task, train
+
+EXAMPLES = [
+    Example(f"what is {a}", f"{a} is a kind of {b}", (f"{c} is a kind of {b}",))
+    for a, b, c in [
+        ("an oak", "tree", "a pine"),
+        ("a trout", "fish", "a pike"),
+        ("a rose", "flower", "a tulip"),
+        ("bread", "food", "butter"),
+        ("a violin", "instrument", "a flute"),
+        ("gold", "metal", "iron"),
+        ("a sparrow", "bird", "an owl"),
+        ("chess", "game", "poker"),
+    ]
+]
+OPTIONS = Options(epochs=6, batch_size=4, batch_tokens=100, learning_rate=1e-3, save_every=5)
+
+
+@pytest.fixture
+def small(embedding_dir, reranker_dir):
+    return {Embedder: embedding_dir, Reranker: reranker_dir}
+
+
+@pytest.fixture
+def data(tmp_path):
+    """The examples as a file."""
+    rows = [{"query": e.query, "response": e.positive, "rejected_response": list(e.negatives)} for e in EXAMPLES]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def opened(kind, path):
+    found = kind.from_pretrained(path, dtype="float32")
+    found.model.requires_grad_()
+    return found
+
+
+def task_of(opened, examples=EXAMPLES, **options):
+    make = embedding_task if isinstance(opened, Embedder) else reranking_task
+    return make(examples, opened.tokenizer, **options)
+
+
+def recorded(folder):
+    return [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
+
+
+def test_info_nce_by_hand():
+    vectors = F.normalize(torch.randn(7, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=-1)
+    groups = Groups(torch.tensor([0, 1]), torch.tensor([2, 3]), torch.tensor([4, 5, 6]), torch.tensor([0, 0, 1]))
+    s = lambda i, j: float(vectors[i] @ vectors[j])  # noqa: E731
+    rows = [(0, 2, [s(0, 3), s(0, 1), s(2, 3), s(0, 4), s(0, 5)]), (1, 3, [s(1, 2), s(1, 0), s(3, 2), s(1, 6)])]
+    for margin in (0.1, -0.5, 3.0):
+        expected = 0.0
+        for query, positive, others in rows:
+            own = s(query, positive)
+            kept = [x for x in others if x <= own + margin]
+            expected += -math.log(math.exp(own / 0.2) / sum(math.exp(x / 0.2) for x in [own, *kept])) / 2
+        found = losses.info_nce(vectors, groups, temperature=0.2, margin=margin)
+        assert found.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_batch_holds_no_text_against_itself():
+    """Equal positives, and several positives of one query, are no negatives of each other."""
+    vectors = F.normalize(torch.randn(4, 5, generator=torch.Generator().manual_seed(1)), dim=-1)
+    same_positive = Groups(torch.tensor([0, 1]), torch.tensor([2, 2]), *[torch.empty(0, dtype=torch.int64)] * 2)
+    same_query = Groups(torch.tensor([0, 0]), torch.tensor([2, 3]), *[torch.empty(0, dtype=torch.int64)] * 2)
+    assert losses.info_nce(vectors, same_query, temperature=1.0, margin=9.0).item() == 0
+    own, query = (vectors[0] @ vectors[2]).exp(), (vectors[0] @ vectors[1]).exp()
+    first = -(own / (own + query)).log()
+    both = losses.info_nce(vectors, same_positive, temperature=1.0, margin=9.0)
+    own = (vectors[1] @ vectors[2]).exp()
+    assert both.item() == pytest.approx(float(first - (own / (own + query)).log()) / 2, rel=1e-6)
+
+
+def test_the_rerankers_losses_by_hand():
+    logits = torch.tensor([2.0, -1.0, 0.5, 0.0, 1.0], dtype=torch.float64)
+    groups = Groups(torch.zeros(2), torch.tensor([0, 1]), torch.tensor([2, 3, 4]), torch.tensor([0, 0, 1]))
+    p = torch.sigmoid(logits)
+    right = torch.stack([p[0], p[1], 1 - p[2], 1 - p[3], 1 - p[4]])
+    assert losses.pointwise(logits, groups).item() == pytest.approx(float(-right.log().mean()), rel=1e-12)
+    e = logits.exp()
+    shares = torch.stack([e[0] / (e[0] + e[2] + e[3]), e[1] / (e[1] + e[4])])
+    assert losses.listwise(logits, groups).item() == pytest.approx(float(-shares.log().mean()), rel=1e-12)
+
+
+def keep(seen, name, parameter):
+    seen[name] = parameter.grad.clone()
+
+
+@pytest.mark.parametrize("kind", [Embedder, Reranker])
+def test_small_passes_give_the_whole_batchs_gradient(kind, small, tmp_path):
+    """Cached gradients, shared heads and activation checkpointing change memory, not the gradient."""
+    gradients = []
+    for options in ({"batch_tokens": 10**6}, {"batch_tokens": 60}, {"batch_tokens": 60, "recompute": True}):
+        model = opened(kind, small[kind])
+        seen = {}
+        for name, parameter in model.model.named_parameters():
+            parameter.register_post_accumulate_grad_hook(partial(keep, seen, name))
+        train(model.model, task_of(model), Options(batch_size=8, **options), tmp_path)
+        gradients.append(seen)
+    whole, *others = gradients
+    for other in others:
+        for name, gradient in whole.items():
+            assert (other[name] - gradient).norm() <= tolerances.GRADIENT_FP32 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("kind", [Embedder, Reranker])
+def test_interrupted_and_resumed_equals_uninterrupted(kind, small, tmp_path):
+    whole = opened(kind, small[kind])
+    train(whole.model, task_of(whole), OPTIONS, tmp_path / "whole")
+
+    class Killed(Exception):
+        pass
+
+    part = opened(kind, small[kind])
+    task = task_of(part)
+    calls = iter(range(8))
+
+    def batch(indices):
+        if next(calls, None) is None:
+            raise Killed
+        return task.batch(indices)
+
+    with pytest.raises(Killed):
+        train(part.model, dataclasses.replace(task, batch=batch), OPTIONS, tmp_path / "part")
+    again = opened(kind, small[kind])
+    train(again.model, task, OPTIONS, tmp_path / "part")
+    for (name, a), b in zip(whole.model.state_dict().items(), again.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert recorded(tmp_path / "whole") == recorded(tmp_path / "part")
+    assert not (tmp_path / "part" / "state.pt").exists()
+
+
+def test_a_state_of_another_training_is_refused(small, tmp_path):
+    model = opened(Embedder, small[Embedder])
+    task = task_of(model)
+    steps = iter(range(6))
+
+    def batch(indices):
+        next(steps)  # the seventh raises StopIteration
+        return task.batch(indices)
+
+    with pytest.raises(StopIteration):
+        train(model.model, dataclasses.replace(task, batch=batch), OPTIONS, tmp_path)
+    with pytest.raises(InputError, match=r"state\.pt: expected the state of this training, found one of seed 0"):
+        train(model.model, task, dataclasses.replace(OPTIONS, seed=1), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["embedding", "reranker"])
+@pytest.mark.parametrize(
+    "extra", [[], ["--lora", "4"], ["--bfloat16", "--recompute"]], ids=["full", "lora", "bfloat16"]
+)
+def test_the_command_lowers_the_loss_and_its_checkpoint_is_everybodys(
+    kind, extra, embedding_dir, reranker_dir, data, tmp_path
+):
+    directory = embedding_dir if kind == "embedding" else reranker_dir
+    out = tmp_path / "out"
+    flags = ["--epochs", "10", "--batch-size", "4", "--learning-rate", "2e-3", "--dims", "64", "32"]
+    assert main(["train", str(directory), str(data), "-o", str(out), *flags, *extra]) == 0
+    rows = recorded(out / "training")
+    first, last = (sum(row["loss"] for row in part) / len(part) for part in (rows[:4], rows[-4:]))
+    assert len(rows) == 20
+    assert last < 0.7 * first
+
+    from sentence_transformers import SentenceTransformer
+
+    texts = [e.positive for e in EXAMPLES]
+    if kind == "embedding":
+        ours = Embedder.from_pretrained(out, dtype="float32").encode(texts)
+        theirs = SentenceTransformer(str(out), device="cpu", model_kwargs={"dtype": "float32"}).encode(texts)
+        assert abs(ours - theirs).max() <= tolerances.EMBEDDING_FP32
+        assert abs(ours - Embedder.from_pretrained(directory, dtype="float32").encode(texts)).max() > 1e-3
+    if extra[:1] == ["--lora"]:
+        same_as_peft(kind, directory, out)
+
+
+def same_as_peft(kind, directory, out):
+    """The base model with the saved adapter, opened by peft and transformers, is the merged checkpoint."""
+    from peft import PeftModel
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    auto = AutoModel if kind == "embedding" else AutoModelForCausalLM
+    ids = torch.arange(300, 320)[None]
+    with torch.no_grad():
+        base = auto.from_pretrained(directory, dtype=torch.float32)
+        plain = base(ids)[0]
+        adapted = PeftModel.from_pretrained(base, out / "adapter")(ids)[0]
+        merged = auto.from_pretrained(out, dtype=torch.float32)(ids)[0]
+    # The merged checkpoint is stored in bfloat16, so it is nearer to the adapted model than that is to the plain one.
+    assert (merged - adapted).norm() < 0.2 * (adapted - plain).norm()
+
+
+def test_two_processes_give_the_loss_of_one(embedding_dir, data, tmp_path):
+    losses_of = {}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+        command = [sys.executable, "-m", *(torchrun if processes > 1 else []), "qwen3core", "train", str(embedding_dir)]
+        flags = ["--epochs", "3", "--batch-size", "4", "--learning-rate", "1e-3", "--batch-tokens", "60"]
+        done = subprocess.run(
+            [*command, str(data), "-o", str(out), *flags],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=Path(__file__).parents[1],
+        )
+        assert done.returncode == 0, done.stderr
+        losses_of[processes] = [row["loss"] for row in recorded(out / "training")]
+    assert losses_of[2] == pytest.approx(losses_of[1], rel=tolerances.LOSS_FP32)
+    assert len(set(losses_of[1])) == 6
+
+
+def test_data_files(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    turn = lambda text, role="user": [{"role": role, "content": text}]  # noqa: E731
+    rows = [
+        {"query": "a", "response": "b"},
+        {"query": "a", "response": "b", "rejected_response": "c"},
+        {"query": "a", "response": "b", "rejected_response": ["c", "d"]},
+        {
+            "messages": [*turn("Find b", "system"), *turn("a")],
+            "positive_messages": [turn("b", "assistant"), turn("e")],
+            "negative_messages": [turn("c")],
+        },
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    assert read_examples([path]) == [
+        Example("a", "b"),
+        Example("a", "b", ("c",)),
+        Example("a", "b", ("c", "d")),
+        Example("a", "b", ("c",), "Find b"),
+        Example("a", "e", ("c",), "Find b"),
+    ]
+
+
+def test_broken_rows_are_all_named_before_training(embedding_dir, tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        '{"query": "a", "response": "b"}',
+        '{"query": "a"}',
+        "{",
+        "[1]",
+        '{"query": "a", "response": "b", "rejected_response": [""]}',
+        '{"messages": [], "positive_messages": [[{"role": "user", "content": "x"}]]}',
+        '{"messages": [{"role": "user", "content": "x"}]}',
+        '{"messages": [{"role": "robot", "content": "x"}], "positive_messages": []}',
+    ]
+    path.write_text("\n".join(rows), "utf-8")
+    out = tmp_path / "out"
+    assert main(["train", str(embedding_dir), str(path), "-o", str(out)]) == 2
+    said = capsys.readouterr().err
+    for line, reason in [
+        (2, "response: expected a text, found None"),
+        (3, "expected JSON, found '{'"),
+        (4, "expected an object, found [1]"),
+        (5, "rejected_response: expected a text, found ''"),
+        (6, "messages: expected a message of the user, found none"),
+        (7, "positive_messages: expected one or more, found none"),
+        (8, "messages: expected messages with a role (system, user or assistant)"),
+    ]:
+        assert f"{path}, line {line}: {reason}" in said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: expected an integer of at least 1, found 0"),
+        ({"learning_rate": 1e30, "epochs": 50}, "expected a finite loss, found"),
+    ],
+)
+def test_options_that_cannot_work(options, message, small, tmp_path):
+    model = opened(Embedder, small[Embedder])
+    with pytest.raises((InputError, FloatingPointError), match=message):
+        train(model.model, task_of(model), Options(**options), tmp_path)
+
+
+def test_only_float32_is_trained(small, tmp_path):
+    model = Embedder.from_pretrained(small[Embedder], dtype="bfloat16")
+    with pytest.raises(InputError, match="expected float32 parameters that require gradients, found"):
+        train(model.model, task_of(model), OPTIONS, tmp_path)
