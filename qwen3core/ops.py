@@ -154,19 +154,16 @@ def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
 ) -> Tensor:
     """One call for neighbours of equal lengths, which sorted batches are full of."""
+    lengths = ((x.stop - x.start for x in rows) for rows in reference.sequences(cu_seqlens_q, cu_seqlens_k))
+    runs = [(*pair, len(list(run))) for pair, run in groupby(map(tuple, lengths))]
+    # split, not slices: the gradient of each slice would be a tensor of all rows.
+    of_queries = q.split([n * len_q for len_q, _, n in runs])
+    of_keys, of_values = (x.split([n * len_k for _, len_k, n in runs]) for x in (k, v))
     out = []
-    for (len_q, len_k), run in groupby(reference.sequences(cu_seqlens_q, cu_seqlens_k), _lengths):
-        rows = list(run)
-        (first_q, first_k), (last_q, last_k) = rows[0], rows[-1]
-        queries = q[first_q.start : last_q.stop].unflatten(0, (-1, len_q)).transpose(1, 2)
-        keys, values = (x[first_k.start : last_k.stop].unflatten(0, (-1, len_k)).transpose(1, 2) for x in (k, v))
+    for (len_q, len_k, n), *rows in zip(runs, of_queries, of_keys, of_values, strict=True):
+        queries, keys, values = (x.unflatten(0, (n, -1)).transpose(1, 2) for x in rows)
         causal = len_q == len_k  # SDPA's own is aligned at the top left; one query sees all
         mask = None if causal or len_q == 1 else reference.visible(queries[0], keys[0])
         z = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal, enable_gqa=True)
         out.append(z.transpose(1, 2).flatten(0, 1))
     return torch.cat(out)
-
-
-def _lengths(rows: tuple[slice, slice]) -> tuple[int, int]:
-    rows_q, rows_k = rows
-    return rows_q.stop - rows_q.start, rows_k.stop - rows_k.start

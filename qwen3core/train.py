@@ -152,7 +152,7 @@ def train(model: Qwen3Model, task: Task, options: Options, folder: str | Path) -
 
     In ``folder``: ``loss.jsonl``, a row a step; ``loss.png`` where matplotlib is; and ``state.pt`` until the end, from
     which the same call goes on after a kill, on one machine with the same result to the bit. Raises InputError, also
-    where the state is of another training, and FloatingPointError where the loss is not finite.
+    where the state is of another training, or the loss is no longer finite.
     """
     for name in ("batch_size", "batch_tokens", "save_every"):
         check_int(name, getattr(options, name), 1)
@@ -162,7 +162,7 @@ def train(model: Qwen3Model, task: Task, options: Options, folder: str | Path) -
         raise InputError(f"train: expected float32 parameters that require gradients, found {wrong[:3] or 'none'}")
     steps = max(1, round(options.epochs * task.size / options.batch_size))
     rank, compute = _prepare(model, task, options)
-    optimizer = torch.optim.AdamW(parameters.values(), weight_decay=options.weight_decay)
+    optimizer = torch.optim.AdamW(parameters.values(), weight_decay=options.weight_decay, fused=True)
     run = Run(Path(folder), {"examples": task.size, "parameters": len(parameters), **asdict(options)}, rank == 0)
     first = run.resume(parameters, optimizer)
     with deterministic(model), recomputing(model) if options.recompute else nullcontext():
@@ -170,7 +170,9 @@ def train(model: Qwen3Model, task: Task, options: Options, folder: str | Path) -
         for step in bar:
             loss, tokens = compute(_examples(step, task.size, options))
             if not math.isfinite(loss):
-                raise FloatingPointError(f"step {step}: expected a finite loss, found {loss}")
+                raise InputError(
+                    f"learning_rate {options.learning_rate}: expected a finite loss, found {loss} at {step=}"
+                )
             norm = nn.utils.clip_grad_norm_(parameters.values(), options.max_grad_norm).item()
             rate = options.learning_rate * _schedule(step, steps, options.warmup)
             for group in optimizer.param_groups:
@@ -217,7 +219,7 @@ def _prepare(model: Qwen3Model, task: Task, options: Options) -> tuple[int, Call
         once = len(batches) == 1
         with torch.set_grad_enabled(once):
             results = [forward(batch) for batch in batches]
-        outputs = results[0].new_zeros(len(sequences), *results[0].shape[1:], requires_grad=False)
+        outputs = results[0].new_zeros(len(sequences), *results[0].shape[1:])
         for row, result in zip(rows, results, strict=True):
             outputs[row] = result.detach()
         if world > 1:

@@ -50,6 +50,7 @@ def test_three_checkpoints(three, linear, weights, tmp_path):
             expected = by_angle(by_angle(a, b, shares[1] / sum(shares[:2])), c, shares[2] / sum(shares))
         assert (merged[name] - expected).norm() <= 1e-6 * expected.norm(), name
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(p.name for p in three[0].iterdir())
+    assert {p.stat().st_mode for p in (tmp_path / "out").iterdir()} == {p.stat().st_mode for p in three[0].iterdir()}
     assert Embedder.from_pretrained(tmp_path / "out").encode("a").shape == (64,)
 
 

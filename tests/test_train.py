@@ -18,6 +18,7 @@ from qwen3core import Embedder, InputError, Reranker, losses
 from qwen3core.cli import main
 from qwen3core.data import Example, read_examples
 from qwen3core.losses import Groups
+from qwen3core.parity import parity
 from qwen3core.train import Options, embedding_task, reranking_task, train
 
 EXAMPLES = [
@@ -185,6 +186,7 @@ def test_the_command_lowers_the_loss_and_its_checkpoint_is_everybodys(
 
     from sentence_transformers import SentenceTransformer
 
+    assert parity(out, dtype="float32").ok  # transformers opens it and gives the same
     texts = [e.positive for e in EXAMPLES]
     if kind == "embedding":
         ours = Embedder.from_pretrained(out, dtype="float32").encode(texts)
@@ -287,12 +289,12 @@ def test_broken_rows_are_all_named_before_training(embedding_dir, tmp_path, caps
     ("options", "message"),
     [
         ({"batch_size": 0}, "batch_size: expected an integer of at least 1, found 0"),
-        ({"learning_rate": 1e30, "epochs": 50}, "expected a finite loss, found"),
+        ({"learning_rate": 1e30, "epochs": 50}, r"learning_rate 1e\+30: expected a finite loss, found nan at step"),
     ],
 )
 def test_options_that_cannot_work(options, message, small, tmp_path):
     model = opened(Embedder, small[Embedder])
-    with pytest.raises((InputError, FloatingPointError), match=message):
+    with pytest.raises(InputError, match=message):
         train(model.model, task_of(model), Options(**options), tmp_path)
 
 
