@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
@@ -52,19 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def demo(args: argparse.Namespace) -> int:
-    query, documents = samples.QUERIES[1], samples.DOCUMENTS
-    with tempfile.TemporaryDirectory() as folder:
-        embedder = Embedder.from_pretrained(write_checkpoint(f"{folder}/e", "Qwen3-Embedding-small"))
-        reranker = Reranker.from_pretrained(write_checkpoint(f"{folder}/r", "Qwen3-Reranker-small"))
-        vectors = embedder.encode_document(documents)
-        cosines = embedder.similarity(embedder.encode_query(query), vectors)[0]
-        ranking = reranker.rank(query, documents, return_documents=True)
-    print(f"{len(documents)} documents embedded as vectors of {vectors.shape[1]}; ranked for the query: {query}\n")
+    query, documents = samples.DEMO_QUERY, samples.DEMO_DOCUMENTS
+    embedder = Embedder.from_pretrained("tiny-embedding", device="cpu")
+    reranker = Reranker.from_pretrained("tiny-reranker", device="cpu")
+    cosines = embedder.similarity(embedder.encode_query(query), embedder.encode_document(documents))[0]
+    print(f"{len(documents)} documents, ranked for the query: {query}\n")
     print("P(yes)  cosine  document")
-    for hit in ranking:
-        print(f" {hit['score']:.3f}  {cosines[hit['corpus_id']]:+.3f}  {hit['text'].splitlines()[0][:80]}")
-    print("\nThese checkpoints are synthesized, with random weights: all of it ran, and the ranking means nothing.")
-    print("For meaning: qwen3core rerank Qwen/Qwen3-Reranker-0.6B --query QUERY TEXT ...   (downloads 1.2 GB)")
+    for hit in reranker.rank(query, documents, return_documents=True):
+        print(f" {hit['score']:.3f}  {cosines[hit['corpus_id']]:+.3f}  {hit['text']}")
+    print("\nThese are the two small checkpoints that come with the package; English words and short sentences only.")
+    print("For more: qwen3core rerank Qwen/Qwen3-Reranker-0.6B --query QUERY TEXT ...   (downloads 1.2 GB)")
     return 0
 
 
@@ -152,6 +150,8 @@ def train(args: argparse.Namespace) -> int:
     examples = read_examples(args.inputs)
     directory = find(args.model, revision=args.revision)
     options = Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # torchrun's
     common = {"instruction": args.instruction, "max_length": args.max_length}
     opened: Embedder | Reranker
     if args.kind == "embedding" or (args.kind == "auto" and is_embedding(directory)):
@@ -312,7 +312,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         running(sub)
 
-    command(demo, "embed and rerank a few texts with a tiny random checkpoint, offline", model=False)
+    command(demo, "embed and rerank a few texts with the small checkpoints that come along, offline", model=False)
     sub = command(embed, "texts to vectors")
     working(sub, "one text per line, or .jsonl rows with 'text'")
     sub.add_argument("--query", action="store_true", help="the texts are queries (implied by --instruction)")

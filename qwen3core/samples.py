@@ -1,4 +1,4 @@
-"""A few real texts for the demo and the parity command, of mixed length, language and script."""
+"""A few real texts for the parity command, of mixed length, language and script, and some for the demo."""
 
 QUERIES = ["What is the capital of China?", "Explain gravity", "Wie backt man Brot?"]
 
@@ -14,3 +14,13 @@ DOCUMENTS = [
 ]
 
 LONG_DOCUMENT = " ".join(DOCUMENTS[:3] * 4)
+
+DEMO_QUERY = "a musical instrument with strings"
+DEMO_DOCUMENTS = [
+    "The bakery on the corner sells fresh bread and cakes every morning.",
+    "My grandmother taught me to play the violin when I was six.",
+    "Heavy rain flooded the road to the village last night.",
+    "The bank raised its interest rates for the third time this year.",
+    "She tuned her old guitar and sang two songs.",
+    "A black cat slept on the warm roof of the car.",
+]

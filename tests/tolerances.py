@@ -40,3 +40,6 @@ GRADIENT_FP32 = 1e-5
 
 # A loss after a few steps, whose weights have been rounded differently from the first on.
 LOSS_FP32 = 1e-4
+
+# Quality (nDCG@10) of one checkpoint in other dtypes and operations: no more than the model cards' last digit but one.
+QUALITY = 0.002

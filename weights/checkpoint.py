@@ -25,11 +25,13 @@ from qwen3core.model import Linear, Qwen3Model
 from qwen3core.ops import Ops, resolve
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHIPPED = ("tiny-embedding", "tiny-reranker")
+"""Small trained checkpoints beside this file."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def find(path_or_id: str | Path, *, revision: str | None = None) -> Path:
-    """The directory of a checkpoint: ``path_or_id`` itself, or a hub id's snapshot, downloaded if need be.
+    """The directory of a checkpoint: ``path_or_id`` itself, one of ``SHIPPED``, or a hub id's, downloaded if need be.
 
     The local cache answers first; HF_HOME, HF_HUB_OFFLINE and HF_TOKEN are honoured. Raises CheckpointError.
     """
@@ -38,9 +40,14 @@ def find(path_or_id: str | Path, *, revision: str | None = None) -> Path:
         if revision is not None:
             raise InputError(f"revision: expected none with the local directory {name}, found {revision!r}")
         return Path(name)
+    if name in SHIPPED and revision is None:
+        return Path(__file__).parent / name
     if os.path.exists(name) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
         found = "a file" if os.path.exists(name) else "nothing there"
-        raise CheckpointError(f"{name}: expected a checkpoint directory or a hub id like owner/name, found {found}")
+        raise CheckpointError(
+            f"{name}: expected a checkpoint directory, one of {', '.join(SHIPPED)}, or a hub id like owner/name, "
+            f"found {found}"
+        )
 
     def snapshot(local_files_only: bool) -> Path:
         return Path(
@@ -262,6 +269,7 @@ def rewrite(source: str | Path, directory: str | Path, tensor: Callable[[str], T
         for file, keys in tensors.files().items():
             shard = {key: tensor(name).to(tensors[name].dtype).contiguous() for name, key in keys.items()}
             save_file(shard, Path(part) / file.name, metadata={"format": "pt"})
+            shutil.copymode(file, Path(part) / file.name)  # safetensors writes it for the owner alone
         for path in others:
             copy = Path(part) / path.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
