@@ -30,7 +30,7 @@ from .reranker import Reranker
 from .tokenizer import Tokenizer
 from .train import Options, embedding_task, reranking_task
 from .train import train as run_training
-from .weights.checkpoint import find, is_embedding, open_model, rewrite
+from .weights.checkpoint import check_apart, find, is_embedding, open_model, rewrite
 from .weights.merge import merge as merge_checkpoints
 from .weights.synthesize import synthesize as write_checkpoint
 
@@ -101,8 +101,7 @@ def rerank(args: argparse.Namespace) -> int:
 
 
 def parity(args: argparse.Namespace) -> int:
-    if not importlib.util.find_spec("transformers"):
-        raise InputError("parity: expected transformers (pip install transformers), found it missing")
+    _need("parity", "transformers")
     texts = [_text(row, "text", where) for row, where in _read(args.inputs)]
     options = {name: getattr(args, name) for name in ("revision", "kind", "dtype", "ops", "device", "max_length")}
     report = compare(args.model, texts=texts or None, **options)
@@ -149,6 +148,7 @@ def inspect(args: argparse.Namespace) -> int:
 def train(args: argparse.Namespace) -> int:
     examples = read_examples(args.inputs)
     directory = find(args.model, revision=args.revision)
+    check_apart(directory, args.output)
     options = Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # torchrun's
@@ -156,7 +156,10 @@ def train(args: argparse.Namespace) -> int:
     opened: Embedder | Reranker
     if args.kind == "embedding" or (args.kind == "auto" and is_embedding(directory)):
         opened = Embedder.from_pretrained(directory, dtype="float32", device=args.device, ops=args.ops)
-        dims = args.dims or [opened.model.config.hidden_size]
+        hidden_size = opened.model.config.hidden_size
+        dims = args.dims or [hidden_size]
+        for dim in dims:
+            check_int("dims", dim, 1, hidden_size)
         task = embedding_task(
             examples, opened.tokenizer, dims=dims, temperature=args.temperature, margin=args.margin, **common
         )
@@ -165,13 +168,13 @@ def train(args: argparse.Namespace) -> int:
         loss = losses.listwise if args.listwise else losses.pointwise
         task = reranking_task(examples, opened.tokenizer, loss=loss, **common)
     model = opened.model.requires_grad_()
-    if args.lora:
+    if args.lora is not None:
         add_lora(model, args.lora, seed=args.seed)
     run_training(model, task, options, args.output / "training")
     if int(os.environ.get("RANK", 0)) == 0:
-        if args.lora:
+        if args.lora is not None:
             save_lora(model, args.output / "adapter", head=isinstance(opened, Reranker))
-        weights = merged_weights(model) if args.lora else model.state_dict()
+        weights = merged_weights(model) if args.lora is not None else model.state_dict()
         rewrite(directory, args.output, weights.__getitem__)
         print(args.output)
     return 0
@@ -187,6 +190,9 @@ def merge(args: argparse.Namespace) -> int:
 def evaluate(args: argparse.Namespace) -> int:
     if not args.sts and not args.retrieval:
         raise InputError("eval: expected --sts or --retrieval, found neither")
+    for given, module in ((args.sts, "scipy"), (args.retrieval, "ir_measures")):
+        if given:
+            _need("eval", module)
     pairs = evaluation.read_sts(args.sts) if args.sts else []
     data = evaluation.read_retrieval(args.retrieval, args.qrels) if args.retrieval else None
     embedder = _open(Embedder, args)
@@ -203,6 +209,11 @@ def evaluate(args: argparse.Namespace) -> int:
                 row |= {f"reranked {name}": value for name, value in again.items()}
         print(f"dim {dim}", *(f"{name} {value:.4f}" for name, value in row.items()), sep="  ", flush=True)
     return 0
+
+
+def _need(command: str, module: str) -> None:
+    if not importlib.util.find_spec(module):
+        raise InputError(f"{command}: expected {module} (pip install {module}), found it missing")
 
 
 def _new(directory: Path) -> None:

@@ -302,3 +302,20 @@ def test_only_float32_is_trained(small, tmp_path):
     model = Embedder.from_pretrained(small[Embedder], dtype="bfloat16")
     with pytest.raises(InputError, match="expected float32 parameters that require gradients, found"):
         train(model.model, task_of(model), OPTIONS, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["-o", "{model}"], "expected a directory other than the source's, found the same"),
+        (["-o", "{out}", "--dims", "64", "65"], "dims: expected an integer from 1 to 64, found 65"),
+        (["-o", "{out}", "--lora", "0"], "lora: expected an integer of at least 1, found 0"),
+    ],
+)
+def test_the_command_refuses_before_it_trains(flags, message, embedding_dir, data, tmp_path, capsys):
+    before = sorted(embedding_dir.iterdir())
+    flags = [flag.format(model=embedding_dir, out=tmp_path / "out") for flag in flags]
+    assert main(["train", str(embedding_dir), str(data), *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(embedding_dir.iterdir()) == before
+    assert not (tmp_path / "out").exists()

@@ -260,8 +260,7 @@ def rewrite(source: str | Path, directory: str | Path, tensor: Callable[[str], T
     InputError where it is ``source`` itself.
     """
     source, directory = Path(source), Path(directory)
-    if directory.exists() and directory.samefile(source):
-        raise InputError(f"{directory}: expected a directory other than the source's, found the same")
+    check_apart(source, directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = Tensors(source)
     others = [p for p in source.rglob("*") if p.is_file() and p.suffix != ".safetensors"]
@@ -277,6 +276,12 @@ def rewrite(source: str | Path, directory: str | Path, tensor: Callable[[str], T
         for path in sorted(Path(part).rglob("*")):
             target = directory / path.relative_to(part)
             target.mkdir(exist_ok=True) if path.is_dir() else os.replace(path, target)
+
+
+def check_apart(source: Path, directory: Path) -> None:
+    """Raise InputError where a checkpoint would be written over the one it is made from."""
+    if directory.exists() and directory.samefile(source):
+        raise InputError(f"{directory}: expected a directory other than the source's, found the same")
 
 
 def as_device(device: str | torch.device | None) -> torch.device:
