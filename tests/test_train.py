@@ -213,8 +213,8 @@ def same_as_peft(kind, directory, out):
     assert (merged - adapted).norm() < 0.2 * (adapted - plain).norm()
 
 
-def test_two_processes_give_the_loss_of_one(embedding_dir, data, tmp_path):
-    losses_of = {}
+def test_two_processes_give_the_loss_and_gradient_of_one(embedding_dir, data, tmp_path):
+    found = {}
     for processes in (1, 2):
         out = tmp_path / str(processes)
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
@@ -228,9 +228,9 @@ def test_two_processes_give_the_loss_of_one(embedding_dir, data, tmp_path):
             cwd=Path(__file__).parents[1],
         )
         assert done.returncode == 0, done.stderr
-        losses_of[processes] = [row["loss"] for row in recorded(out / "training")]
-    assert losses_of[2] == pytest.approx(losses_of[1], rel=tolerances.LOSS_FP32)
-    assert len(set(losses_of[1])) == 6
+        found[processes] = [row[of] for row in recorded(out / "training") for of in ("loss", "grad_norm")]
+    assert found[2] == pytest.approx(found[1], rel=tolerances.LOSS_FP32)
+    assert len(set(found[1])) == 12
 
 
 def test_data_files(tmp_path):
