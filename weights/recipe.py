@@ -102,9 +102,9 @@ def tiny_reranker(out: Path, wordnet: Path, embedding: Path, options: Options) -
     embedder = Embedder.from_pretrained(embedding, dtype="float32")
     words = read_wordnet(wordnet)
     chance = random.Random(options.seed)
-    asked = chance.sample(pairs(words, held_out=False), PAIRS)
-    documents = list(dict.fromkeys(example.positive for example in pairs(words, held_out=False)))
-    exact = mined(asked, documents, embedder, chance)
+    known = pairs(words, held_out=False)
+    documents = list(dict.fromkeys(example.positive for example in known))
+    exact = mined(chance.sample(known, PAIRS), documents, embedder, chance)
     some = chance.sample(texts(words, wordnet, options.seed, SENTENCES), 5 * TEXTS)
     alike = mined([Example(text, text) for text in some[:TEXTS]], some[TEXTS:], embedder, chance)
 
