@@ -47,6 +47,7 @@ def embedders(directory: Path, dtype: str, *, device: str = "cpu") -> dict[str, 
         "sentence-transformers": lambda: _sentence_transformers_embed(directory, dtype, device),
     }
     if device == "cpu":
+        sides["qwen3core, prepacked"] = lambda: _qwen3core_embed(directory, dtype, device, ops="prepacked")
         sides["llama.cpp"] = lambda: _llama_embed(directory, GGUF_TYPES[dtype], cache)
         sides["llama.cpp Q8_0"] = lambda: _llama_embed(directory, "Q8_0", cache)
     if device == "cpu" and dtype == "float32":  # its CPU kernels know no bfloat16
@@ -77,8 +78,9 @@ def _split(items: Sequence[Any], batch_size: int | None) -> list[Sequence[Any]]:
 # that has no instructions for it means float32 arithmetic on the bfloat16 weights.
 
 
-def _qwen3core_embed(directory: Path, dtype: str, device: str) -> Embed:
-    embedder = Embedder.from_pretrained(directory, dtype="auto" if dtype == "bfloat16" else dtype, device=device)
+def _qwen3core_embed(directory: Path, dtype: str, device: str, ops: str = "auto") -> Embed:
+    stored = "auto" if dtype == "bfloat16" else dtype
+    embedder = Embedder.from_pretrained(directory, dtype=stored, device=device, ops=ops)
     return lambda texts: embedder.encode(texts, prompt="")
 
 

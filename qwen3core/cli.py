@@ -306,7 +306,7 @@ def _parser() -> argparse.ArgumentParser:
     def running(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, int8")
         sub.add_argument("--device", help="cpu, cuda, ...; by default the first GPU where there is one")
-        sub.add_argument("--ops", default="auto", help="auto, reference, torch or triton")
+        sub.add_argument("--ops", default="auto", help="auto, reference, torch, prepacked or triton")
         sub.add_argument("--max-length", type=int, default=MAX_LENGTH, help="tokens per input, template included")
 
     def working(sub: argparse.ArgumentParser, what: str) -> None:
@@ -346,7 +346,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--margin", type=float, default=0.1, help="embedding: above the positive, no longer a negative")
     sub.add_argument("--listwise", action="store_true", help="reranker: rank a positive above its own negatives")
     sub.add_argument("--device", help="cpu, cuda, ...; by default the first GPU where there is one")
-    sub.add_argument("--ops", default="auto", help="auto, reference, torch or triton")
+    sub.add_argument("--ops", default="auto", help="auto, reference, torch, prepacked or triton")
     for field in fields(Options):
         flag = f"--{field.name.replace('_', '-')}"
         if isinstance(field.default, bool):

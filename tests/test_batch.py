@@ -15,7 +15,7 @@ from qwen3core.batch import plan, shared_heads
 TEXTS = ["", "a", "Gravity is a force.", "北京", "Brot und Wasser. " * 30, "x = 1\n" * 12, "yes " * 90, "gravity " * 5]
 
 
-@pytest.mark.parametrize("ops", ["reference", "torch"])
+@pytest.mark.parametrize("ops", ["reference", "torch", "prepacked"])
 def test_same_text_same_vector(embedding_dir, ops):
     embedder = Embedder.from_pretrained(embedding_dir, dtype="float32", ops=ops, device="cpu")
     alone = np.stack([embedder.encode(text) for text in TEXTS])
@@ -29,7 +29,7 @@ def test_same_text_same_vector(embedding_dir, ops):
     assert np.abs(twice[: len(TEXTS)] - twice[len(TEXTS) :]).max() <= SAME_TEXT_FP32
 
 
-@pytest.mark.parametrize("ops", ["reference", "torch"])
+@pytest.mark.parametrize("ops", ["reference", "torch", "prepacked"])
 def test_same_pair_same_score(reranker_dir, ops):
     reranker = Reranker.from_pretrained(reranker_dir, dtype="float32", ops=ops, device="cpu")
     pairs = [("what is gravity?", text) for text in TEXTS]
@@ -100,7 +100,7 @@ def test_plan_gives_a_longer_sequence_its_own_batch():
     assert plan([10, 4000, 4000], 8010) == [[1, 2, 0]]
 
 
-@pytest.mark.parametrize("ops", ["reference", "torch"])
+@pytest.mark.parametrize("ops", ["reference", "torch", "prepacked"])
 def test_no_shortcut_changes_a_result(embedding_dir, reranker_dir, monkeypatch, ops):
     """Order, equal texts, shared prompts and queries, blocks of rows, the last layer for last tokens only.
 

@@ -7,9 +7,9 @@ import torch
 from tolerances import OPS_RATIO
 
 from qwen3core import InputError, Ops, load_model, pack, reference
-from qwen3core.ops import resolve
+from qwen3core.ops import PACKED, resolve
 
-SETS = {"reference": Ops.reference(), "torch": Ops.torch()}
+SETS = {"reference": Ops.reference(), "torch": Ops.torch(), "prepacked": Ops.prepacked()}
 
 
 def lengths(*counts):
@@ -93,9 +93,26 @@ def test_replacing_one_op_swaps_it_everywhere(embedding_dir):
     assert "mine" in repr(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_prepacked_weights_follow_their_originals(dtype):
+    """Used again, changed in place, asked for in another dtype, and freed with them."""
+    x, weight = torch.randn(5, 64), torch.nn.Parameter(torch.randn(32, 64).to(dtype))
+    linear, before = Ops.prepacked().linear, len(PACKED)
+    plain = reference.linear(x, weight.float())
+    for _ in range(2):
+        torch.testing.assert_close(linear(x, weight), plain)
+    assert len(PACKED) == before + 1
+    weight *= 2
+    torch.testing.assert_close(linear(x, weight), 2 * plain)
+    torch.testing.assert_close(linear(x.bfloat16(), weight), (2 * plain).bfloat16(), rtol=0.05, atol=0.2)
+    del weight
+    assert len(PACKED) == before
+
+
 def test_unknown_ops_set():
     with pytest.raises(
-        InputError, match="ops: expected one of auto, reference, torch, triton, or an Ops, found 'cuda'"
+        InputError, match="ops: expected one of auto, reference, torch, prepacked, triton, or an Ops, found 'cuda'"
     ):
         resolve("cuda")
 

@@ -113,12 +113,12 @@ def check_bit_identity(directory, dtype):
             assert torch.equal(acts[name], state[0]), name
 
 
-@pytest.mark.parametrize("ops", ["reference", "torch"])
+@pytest.mark.parametrize("ops", ["reference", "torch", "prepacked"])
 def test_embeddings_equal_transformers(embedding_dir, ops):
     check_embedding_fp32(embedding_dir, ops)
 
 
-@pytest.mark.parametrize("ops", ["reference", "torch"])
+@pytest.mark.parametrize("ops", ["reference", "torch", "prepacked"])
 def test_scores_equal_transformers(reranker_dir, ops):
     check_reranker_fp32(reranker_dir, ops)
 
@@ -128,7 +128,7 @@ def test_hidden_states_are_bit_identical(embedding_dir, dtype):
     check_bit_identity(embedding_dir, dtype)
 
 
-@pytest.mark.parametrize("ops", ["reference", "torch"])
+@pytest.mark.parametrize("ops", ["reference", "torch", "prepacked"])
 def test_bf16_error_is_no_larger_than_transformers(embedding_dir, reranker_dir, ops):
     exact = our_embeddings(embedding_dir, torch.float64, "reference", 64)
     theirs = (transformers_embeddings(embedding_dir, torch.bfloat16, 64) - exact).norm()
@@ -140,7 +140,7 @@ def test_bf16_error_is_no_larger_than_transformers(embedding_dir, reranker_dir, 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("ops", ["reference", "torch"])
+@pytest.mark.parametrize("ops", ["reference", "torch", "prepacked"])
 @pytest.mark.parametrize("kind", ["embedding", "reranker"])
 def test_parity_report(request, kind, ops, dtype):
     directory = request.getfixturevalue(f"{kind}_dir")
