@@ -166,7 +166,7 @@ def memory(setup: Setup) -> Iterator[Row]:
 
 def long(setup: Setup) -> Iterator[Row]:
     """One long text: time and peak memory."""
-    for length in (32, 64) if setup.quick else (2048, 8192):
+    for length in (32, 64) if setup.quick else (2048, 8192, 32768):
         texts, tokens = setup.texts([length])
         for name in (OURS, "transformers"):
             done = child(setup, name, {"texts": texts})

@@ -34,6 +34,8 @@ Rerank = Callable[..., np.ndarray]
 """(query, documents, batch_size=None) to P(yes) for the default task, float32 [n]."""
 
 MAX_LENGTH = 8192
+LONGEST = 32768
+"""For the two sides that embed long texts."""
 CACHE = "bench-cache"
 GGUF_TYPES = {"float32": "F32", "bfloat16": "BF16"}
 
@@ -80,7 +82,7 @@ def _split(items: Sequence[Any], batch_size: int | None) -> list[Sequence[Any]]:
 
 def _qwen3core_embed(directory: Path, dtype: str, device: str, ops: str = "auto") -> Embed:
     stored = "auto" if dtype == "bfloat16" else dtype
-    embedder = Embedder.from_pretrained(directory, dtype=stored, device=device, ops=ops)
+    embedder = Embedder.from_pretrained(directory, dtype=stored, device=device, ops=ops, max_length=LONGEST)
     return lambda texts: embedder.encode(texts, prompt="")
 
 
@@ -103,7 +105,7 @@ def _transformers_embed(directory: Path, dtype: str, device: str) -> Embed:
     def embed(texts: list[str], batch_size: int | None = None) -> np.ndarray:
         vectors = []
         for part in _split(texts, batch_size):
-            batch = tokenizer(part, padding=True, truncation=True, max_length=MAX_LENGTH, return_tensors="pt")
+            batch = tokenizer(part, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
             batch = batch.to(device)
             outputs = model(**batch)
             pooled = _last_token_pool(outputs.last_hidden_state, batch["attention_mask"])
