@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.backends import mkldnn
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -75,7 +76,10 @@ class Ops:
 
         It takes a second copy of every linear weight, in the dtype of the arithmetic. A weight changed in place is laid
         out anew, but not one changed through ``.data``. While gradients are recorded, and on a GPU, it is ``torch()``.
+        Raises InputError where torch is built without oneDNN.
         """
+        if not mkldnn.is_available():
+            raise InputError("ops 'prepacked': expected a torch built with oneDNN, found one without (use 'torch')")
         return replace(Ops.torch(), linear=_packed_linear)
 
     @staticmethod
@@ -131,7 +135,7 @@ ONEDNN_ROWS = 512
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
-    if _lean(x) and len(x) <= ONEDNN_ROWS:
+    if _lean(x) and len(x) <= ONEDNN_ROWS and mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x, weight.to(x.dtype), None, "none", [], "")
     return reference.linear(x, weight)
 

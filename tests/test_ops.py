@@ -110,6 +110,17 @@ def test_prepacked_weights_follow_their_originals(dtype):
     assert len(PACKED) == before
 
 
+@torch.no_grad()
+def test_without_onednn(monkeypatch):
+    """As torch is built for Apple's CPUs."""
+    monkeypatch.setattr(torch.ops, "mkldnn", None)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    x, weight = torch.randn(5, 64), torch.randn(32, 64)
+    torch.testing.assert_close(Ops.torch().linear(x, weight), x @ weight.T)
+    with pytest.raises(InputError, match="ops 'prepacked': expected a torch built with oneDNN"):
+        Ops.prepacked()
+
+
 def test_unknown_ops_set():
     with pytest.raises(
         InputError, match="ops: expected one of auto, reference, torch, prepacked, triton, or an Ops, found 'cuda'"
