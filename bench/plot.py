@@ -42,29 +42,34 @@ def chart(path: Path, device: str, rows: list[dict], group: str, value: str, lab
 def engines(folder: Path, device: str, found: list[dict]) -> None:
     """engines.png: the time of every side as a multiple of qwen3core's; growth.png: the cost of a token."""
     growth = [row for row in found if row["question"] == "growth"]
-    compared = [row for row in found if row["question"] != "growth"]
-    groups = list(dict.fromkeys((row["question"], row["workload"], row["dtype"]) for row in compared))
-    sides = list(dict.fromkeys(row["side"] for row in compared if row["side"] != "qwen3core"))
+    groups: dict[tuple[str, ...], list[dict]] = {}
+    for row in found:
+        if row["question"] != "growth" and row["side"] != "qwen3core":
+            groups.setdefault((row["question"], row["workload"], row["dtype"]), []).append(row)
     if groups:
-        figure, axis = pyplot.subplots(figsize=(10, 1 + 0.22 * len(sides) * len(groups)), layout="constrained")
-        for i, side in enumerate(sides):
-            rows = [row for row in compared if row["side"] == side]
-            places = [
-                groups.index((r["question"], r["workload"], r["dtype"])) + (i + 0.5) * 0.8 / len(sides) for r in rows
-            ]
+        lines = sum(len(rows) + 1.5 for rows in groups.values())
+        figure, axis = pyplot.subplots(figsize=(9, 1 + 0.22 * lines), layout="constrained")
+        ticks, place = {}, 0.0
+        for name, rows in groups.items():
+            axis.text(0.05, place, ", ".join(name), weight="bold", va="center")
+            places = [place + 1 + i for i in range(len(rows))]
             low, middle, high = ([row[key] for row in rows] for key in ("ratio_p20", "ratio", "ratio_p80"))
             spread = [
                 [m - a for m, a in zip(middle, low, strict=True)],
                 [b - m for m, b in zip(middle, high, strict=True)],
             ]
-            axis.barh(places, middle, 0.8 / len(sides), xerr=spread, label=side)
-        axis.axvline(1, color="black", linestyle="--", label="qwen3core")
-        axis.set_yticks([i + 0.4 for i in range(len(groups))], [", ".join(group) for group in groups])
-        axis.invert_yaxis()
-        axis.set_xlabel("time, as a multiple of qwen3core's (median, 20th to 80th percentile); longer is slower")
+            bars = axis.barh(places, middle, xerr=spread, color=["C0" if m >= 1 else "C1" for m in middle])
+            axis.bar_label(bars, fmt="%.2fx", padding=3)
+            ticks |= dict(zip(places, (row["side"] for row in rows), strict=True))
+            place += len(rows) + 1.5
+        axis.axvline(1, color="black", linestyle="--")
+        axis.set_yticks(list(ticks), list(ticks.values()))
+        axis.set_ylim(place, -1)
+        axis.margins(x=0.1)
+        axis.set_xlabel("time, as a multiple of qwen3core's (median, 20th to 80th percentile); orange: faster than it")
         axis.set_title(device, fontsize=10)
         axis.grid(axis="x", alpha=0.3)
-        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        axis.set_axisbelow(True)
         save(figure, folder / "engines.png")
     if growth:
         figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")

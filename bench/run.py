@@ -70,7 +70,11 @@ def corpus(setup: Setup) -> Iterator[Row]:
     for name, embed in opened_embedders(setup).items():
         runs[name] = partial(embed, texts)
         if name == "sentence-transformers":
-            runs[f"{name}, batches of 4"] = partial(embed, texts, batch_size=4)
+            sizes = {str(n): partial(embed, texts, batch_size=n) for n in (1, 2, 4, 8)}
+            times = harness.alternate(sizes, repeats=1)
+            best = min(sizes, key=lambda size: times[size])
+            print(f"{name}: its best batches are of {best}, {times}", flush=True)
+            runs[f"{name}, best batches"] = sizes[best]
     yield from rows("corpus", f"{len(texts)} texts", tokens, runs, setup)
 
 
