@@ -195,4 +195,4 @@ def _sdpa(
         mask = None if causal or len_q == 1 else reference.visible(queries[0], keys[0])
         z = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal, enable_gqa=True)
         out.append(z.transpose(1, 2).flatten(0, 1))
-    return torch.cat(out)
+    return out[0] if len(out) == 1 else torch.cat(out)  # of one, cat would copy
