@@ -61,10 +61,13 @@ def compare(
 
 
 def alternate(sides: dict[str, Callable[[], object]], *, repeats: int, warmup: int = 0) -> dict[str, list[float]]:
-    """Wall clock in milliseconds of every call, all sides in turn within each repeat; of the warm-up, nothing."""
+    """Wall clock in milliseconds of every call, all sides in turn within each repeat; of the warm-up, nothing.
+
+    Every second turn is backwards, since what a side leaves behind (threads that spin, caches) is the next one's loss.
+    """
     times: dict[str, list[float]] = {name: [] for name in sides}
     for repeat in range(-warmup, repeats):
-        for name, side in sides.items():
+        for name, side in list(sides.items())[:: -1 if repeat % 2 else 1]:
             start = time.perf_counter()
             side()
             if repeat >= 0:

@@ -4,7 +4,7 @@
 Operations that a kernel may replace go through ``ops``; ``tap(name, x)`` returns x, or what an edit made of it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -206,6 +206,11 @@ class Qwen3Model(nn.Module):
         if self.ops.norm_pool:
             return self.norm(self.ops.norm_pool, x, rows, width, normalize)
         return self.ops.pool(self.norm(self.ops.rms_norm, x), rows, width, normalize)
+
+    def head_rows(self, token_ids: Sequence[int]) -> Tensor:
+        """The rows of these tokens [n, H] of the head, in place of all."""
+        head = self.lm_head or self.embed_tokens
+        return head.weight[torch.tensor(token_ids, device=head.weight.device)]
 
     def score(self, batch: PackedBatch, yes_no: Tensor) -> Tensor:
         """P(yes) [N] float32 of each sequence's last hidden state, from the rows of yes and no [2, H] of the head."""

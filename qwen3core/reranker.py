@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .errors import InputError, as_list, check_int, check_text
@@ -89,9 +88,8 @@ class Reranker(Pretrained):
 
     @property
     def yes_no(self) -> Tensor:
-        """The rows of yes and no [2, H] of the head, in place of all."""
-        head = self.model.lm_head or self.model.embed_tokens
-        return head.weight[torch.tensor([self.yes_id, self.no_id], device=self.device)]
+        """The rows of yes and no [2, H] of the head."""
+        return self.model.head_rows((self.yes_id, self.no_id))
 
 
 def _describe(pair: object) -> str:

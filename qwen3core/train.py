@@ -117,7 +117,7 @@ def reranking_task(
     loss: Callable[[Tensor, Groups], Tensor] = losses.pointwise,
 ) -> Task:
     """Yes for positives, no for negatives; ``losses.listwise`` ranks each positive above its negatives instead."""
-    yes_id, no_id = tokenizer.yes_no()
+    yes_no = tokenizer.yes_no()
 
     def batch(indices: list[int]) -> tuple[Sequences, list[tuple[int, ...]], Groups]:
         bodies: dict[str, int] = {}
@@ -133,9 +133,7 @@ def reranking_task(
         return sequences, [(*tokenizer.prefix, *start)] * len(bodies), groups
 
     def outputs(model: Qwen3Model, packed: PackedBatch) -> Tensor:
-        head = model.lm_head or model.embed_tokens
-        yes_no = head.weight[torch.tensor([yes_id, no_id], device=head.weight.device)]
-        return model.embed(packed, normalize=False) @ yes_minus_no(yes_no)
+        return model.embed(packed, normalize=False) @ yes_minus_no(model.head_rows(yes_no))
 
     return Task(len(examples), batch, outputs, loss)
 

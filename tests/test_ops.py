@@ -7,7 +7,7 @@ import torch
 from tolerances import OPS_RATIO
 
 from qwen3core import InputError, Ops, load_model, pack, reference
-from qwen3core.ops import PACKED, resolve
+from qwen3core.ops import LONG, PACKED, resolve
 
 SETS = {"reference": Ops.reference(), "torch": Ops.torch(), "prepacked": Ops.prepacked()}
 
@@ -26,7 +26,9 @@ def qkv(len_q, len_k, groups=2, dtype=torch.float64):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize(("len_q", "len_k"), [([1], [1]), ([65, 1, 3], [65, 1, 3]), ([1, 4, 64], [130, 4, 65])])
+@pytest.mark.parametrize(
+    ("len_q", "len_k"), [([1], [1]), ([65, 1, 3], [65, 1, 3]), ([1, 4, 64], [130, 4, 65]), ([9], [LONG])]
+)
 def test_attention_is_as_exact_as_the_reference(len_q, len_k, groups, dtype):
     exact = reference.attention(*qkv(len_q, len_k, groups)).double()
     plain, ours = (a(*qkv(len_q, len_k, groups, dtype)) for a in (reference.attention, Ops.torch().attention))
