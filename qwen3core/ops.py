@@ -75,7 +75,8 @@ class Ops:
         """``torch()`` with each weight laid out for oneDNN at its first use: faster on a CPU, most for one short text.
 
         It takes a second copy of every linear weight, in the dtype of the arithmetic. A weight changed in place is laid
-        out anew, but not one changed through ``.data``. While gradients are recorded, and on a GPU, it is ``torch()``.
+        out anew, but not one changed through ``.data``. It is ``torch()`` while gradients are recorded, on a GPU, and
+        for weights made in inference mode, whose changes are not counted.
         Raises InputError where torch is built without oneDNN.
         """
         if not mkldnn.is_available():
@@ -145,7 +146,8 @@ PACKED = WeakTensorKeyDictionary()
 
 
 def _packed_linear(x: Tensor, weight: Tensor) -> Tensor:
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or torch.is_grad_enabled():
+    served = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    if not served or torch.is_grad_enabled() or weight.is_inference():
         return _linear(x, weight)
     made, packed = PACKED.get(weight, (None, None))
     if made != (weight._version, x.dtype):
