@@ -122,8 +122,8 @@ def resolve(ops: "Ops | str", device: torch.device | None = None) -> Ops:
     if isinstance(ops, Ops):
         return ops
     auto = Ops.triton if device is not None and device.type == "cuda" else Ops.torch
-    own = (Ops.reference, Ops.torch, Ops.prepacked, Ops.triton)
-    sets = {"auto": auto} | {make.__name__: make for make in own}
+    sets = {"auto": auto, "reference": Ops.reference, "torch": Ops.torch}
+    sets |= {"prepacked": Ops.prepacked, "triton": Ops.triton}
     if not isinstance(ops, str) or ops not in sets:
         raise InputError(f"ops: expected one of {', '.join(sets)}, or an Ops, found {ops!r}")
     return sets[ops]()
