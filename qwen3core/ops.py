@@ -122,8 +122,13 @@ def resolve(ops: "Ops | str", device: torch.device | None = None) -> Ops:
     if isinstance(ops, Ops):
         return ops
     auto = Ops.triton if device is not None and device.type == "cuda" else Ops.torch
-    sets = {"auto": auto, "reference": Ops.reference, "torch": Ops.torch}
-    sets |= {"prepacked": Ops.prepacked, "triton": Ops.triton}
+    sets = {
+        "auto": auto,
+        "reference": Ops.reference,
+        "torch": Ops.torch,
+        "prepacked": Ops.prepacked,
+        "triton": Ops.triton,
+    }
     if not isinstance(ops, str) or ops not in sets:
         raise InputError(f"ops: expected one of {', '.join(sets)}, or an Ops, found {ops!r}")
     return sets[ops]()
@@ -149,10 +154,11 @@ def _packed_linear(x: Tensor, weight: Tensor) -> Tensor:
     served = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
     if not served or torch.is_grad_enabled() or weight.is_inference():
         return _linear(x, weight)
+    now = (weight._version, x.dtype)
     made, packed = PACKED.get(weight, (None, None))
-    if made != (weight._version, x.dtype):
-        made, packed = (weight._version, x.dtype), torch.ops.mkldnn._reorder_linear_weight(weight.to(x.dtype))
-        PACKED[weight] = made, packed
+    if made != now:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(x.dtype))
+        PACKED[weight] = now, packed
     return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
@@ -198,7 +204,7 @@ def _sdpa(
     out = []
     for (len_q, len_k, n), *rows in zip(runs, of_queries, of_keys, of_values, strict=True):
         queries, keys, values = (x.unflatten(0, (n, -1)).transpose(1, 2) for x in rows)
-        if len_k >= LONG:
+        if len_k >= LONG and k.device.type == "cpu":
             keys, values = keys.contiguous(), values.contiguous()
         causal = len_q == len_k  # SDPA's own is aligned at the top left; one query sees all
         mask = None if causal or len_q == 1 else reference.visible(queries[0], keys[0])
