@@ -3,10 +3,13 @@
 Every other implementation is tested against these functions, and these, bit for bit, against transformers'
 ``modeling_qwen3`` with eager attention. Symbols: ``T`` packed tokens, ``N`` sequences, ``D`` head dimension,
 ``H`` hidden size. Where transformers says float32, these use float32 or wider, so that float64 inputs give a
-float64 oracle.
+float64 oracle. ``declare`` states beside each what the model's shortcuts may assume of it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -14,13 +17,54 @@ from torch.nn import functional as F
 
 from .errors import InputError
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Allows:
+    """What the model's shortcuts may assume of an operation; nothing, unless declared."""
+
+    row_wise: bool = False
+    """Each row of the result depends on the same row of the inputs alone."""
+    causal: bool = False
+    """Attention is causal, aligned at the bottom right, and takes fewer queries than keys."""
+    last_token: bool = False
+    """Pooling reads the last row of each sequence alone."""
+    parts: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    """For a fused operation: the operations that it stands for, by their names in ``Ops``."""
+
+
+_DECLARED: WeakKeyDictionary[Callable[..., Any], Allows] = WeakKeyDictionary()
+
+
+def declare(**allows: Any) -> Callable[[Function], Function]:
+    """Declare, as a decorator, what an operation allows: the fields of ``Allows``.
+
+    It holds for this very function: a wrapper of it, ``functools.wraps`` included, declares nothing.
+    """
+
+    def decorate(function: Function) -> Function:
+        _DECLARED[function] = Allows(**allows)
+        return function
+
+    return decorate
+
+
+def allows(function: Callable[..., Any]) -> Allows:
+    """What was declared of a function; of an unknown one, nothing."""
+    try:
+        return _DECLARED.get(function, Allows())
+    except TypeError:  # a callable that cannot be hashed or weakly referenced
+        return Allows()
+
 
 def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+@declare(row_wise=True)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension; [..., H] to [..., H], dtype kept.
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension; [..., H] to [..., H], in x's dtype.
 
     The mean and the division are float32; the result is cast to x's dtype *before* the multiplication by weight.
     """
@@ -29,6 +73,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * wide.to(x.dtype)
 
 
+@declare(row_wise=True)
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T``; [..., in] and [out, in] to [..., out], in x's dtype, which the weights may be stored below."""
     return F.linear(x, weight.to(x.dtype))
@@ -47,6 +92,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     return torch._int_mm(rows, weight.T).float().mul_(row_scale[:, None]).mul_(scale)
 
 
+@declare(row_wise=True)
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate queries or keys [T, heads, D] by cos, sin [T, D], in the model's dtype.
 
@@ -56,6 +102,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
 
 
+@declare(causal=True)
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
 ) -> Tensor:
@@ -94,11 +141,13 @@ def visible(queries: Tensor, keys: Tensor) -> Tensor:
     return torch.ones(len_q, len_k, dtype=torch.bool, device=queries.device).tril(len_k - len_q)
 
 
+@declare(row_wise=True)
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) * up``; [T, I] each, in the model's dtype."""
     return F.silu(gate) * up
 
 
+@declare(last_token=True)
 def pool(hidden_states: Tensor, cu_seqlens: Tensor, dim: int, normalize: bool) -> Tensor:
     """Last token of each sequence, cut to ``dim``, then L2-normalised; [T, H] to [N, dim], in float32.
 

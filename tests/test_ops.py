@@ -7,13 +7,11 @@ import torch
 from tolerances import OPS_RATIO
 
 from qwen3core import InputError, Ops, load_model, pack, reference
-from qwen3core.ops import LONG, PACKED, resolve
+from qwen3core.batch import build_cu_seqlens
+from qwen3core.ops import resolve
+from qwen3core.ops_torch import LONG_KEYS, PACKED
 
 SETS = {"reference": Ops.reference(), "torch": Ops.torch(), "prepacked": Ops.prepacked()}
-
-
-def lengths(*counts):
-    return torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
 def qkv(len_q, len_k, groups=2, dtype=torch.float64):
@@ -21,13 +19,13 @@ def qkv(len_q, len_k, groups=2, dtype=torch.float64):
     q = torch.randn(sum(len_q), 2 * groups, 16, dtype=torch.float64)
     k, v = (torch.randn(sum(len_k), 2, 16, dtype=torch.float64) for _ in range(2))
     leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-    return [*leaves, lengths(*len_q), lengths(*len_k), max(len_q), max(len_k)]
+    return [*leaves, build_cu_seqlens(len_q), build_cu_seqlens(len_k), max(len_q), max(len_k)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("len_q", "len_k"), [([1], [1]), ([65, 1, 3], [65, 1, 3]), ([1, 4, 64], [130, 4, 65]), ([9], [LONG])]
+    ("len_q", "len_k"), [([1], [1]), ([65, 1, 3], [65, 1, 3]), ([1, 4, 64], [130, 4, 65]), ([9], [LONG_KEYS])]
 )
 def test_attention_is_as_exact_as_the_reference(len_q, len_k, groups, dtype):
     exact = reference.attention(*qkv(len_q, len_k, groups)).double()
@@ -40,9 +38,9 @@ def test_attention_is_as_exact_as_the_reference(len_q, len_k, groups, dtype):
 def test_attention_is_aligned_at_the_bottom_right(ops):
     """Fewer queries than keys: the last queries of the whole, as for a pruned last layer or a shared prefix."""
     q, k, v, *_ = qkv([9, 5], [9, 5])
-    whole = SETS[ops].attention(q, k, v, lengths(9, 5), lengths(9, 5), 9, 5)
+    whole = SETS[ops].attention(q, k, v, build_cu_seqlens([9, 5]), build_cu_seqlens([9, 5]), 9, 5)
     tail = torch.tensor([7, 8, 13])
-    part = SETS[ops].attention(q[tail], k, v, lengths(2, 1), lengths(9, 5), 2, 9)
+    part = SETS[ops].attention(q[tail], k, v, build_cu_seqlens([2, 1]), build_cu_seqlens([9, 5]), 2, 9)
     torch.testing.assert_close(part, whole[tail])
 
 
@@ -61,7 +59,7 @@ def test_gradients_are_those_of_finite_differences(ops):
     cos, sin = torch.randn(2, 3, 8, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda q: chosen.rope(q, cos, sin), (x,))
     assert torch.autograd.gradcheck(chosen.swiglu, (x, x.detach().flip(0).requires_grad_()))
-    assert torch.autograd.gradcheck(lambda h: chosen.pool(h, lengths(2, 1), 5, True), (x[:, 0],))
+    assert torch.autograd.gradcheck(lambda h: chosen.pool(h, build_cu_seqlens([2, 1]), 5, True), (x[:, 0],))
     args = qkv([2, 1], [3, 1])
     assert torch.autograd.gradcheck(lambda *x: chosen.attention(*x, *args[3:]), args[:3])
 
@@ -141,7 +139,7 @@ def test_auto_is_triton_on_a_gpu_and_torch_elsewhere():
 
 def test_pool_cuts_then_normalises():
     hidden = torch.tensor([[9.0, 9, 9], [3, 4, 12], [0, 5, 5]], dtype=torch.bfloat16)
-    pooled = reference.pool(hidden, lengths(2, 1), 2, True)
+    pooled = reference.pool(hidden, build_cu_seqlens([2, 1]), 2, True)
     assert pooled.dtype == torch.float32
     torch.testing.assert_close(pooled, torch.tensor([[0.6, 0.8], [0, 1]]))
-    torch.testing.assert_close(reference.pool(hidden, lengths(2, 1), 3, False), hidden[1:].float())
+    torch.testing.assert_close(reference.pool(hidden, build_cu_seqlens([2, 1]), 3, False), hidden[1:].float())
