@@ -9,14 +9,14 @@ from typing import Any
 from .errors import CheckpointError
 
 # Fields that would change the arithmetic, with the only values that this implementation computes.
-_SERVED: dict[str, tuple] = {
+_SUPPORTED: dict[str, tuple] = {
     "model_type": ("qwen3",),
     "hidden_act": ("silu", None),
     "attention_bias": (False, None),
     "use_sliding_window": (False, None),
     "partial_rotary_factor": (1.0, None),
 }
-DTYPES = ("float64", "float32", "bfloat16", "float16")
+DTYPE_NAMES = ("float64", "float32", "bfloat16", "float16")
 _EXPECTED = {int: "a positive integer", float: "a positive number", bool: "true or false", str | None: "text"}
 
 
@@ -46,9 +46,9 @@ class Qwen3Config:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: str = "config") -> "Qwen3Config":
         """Check a parsed config.json (transformers 4 or 5 spelling); ``source`` names it in errors."""
-        for name, served in _SERVED.items():
-            if (found := data.get(name)) not in served:
-                raise CheckpointError(f"{source}: {name}: expected {served[0]!r}, found {found!r}")
+        for name, supported in _SUPPORTED.items():
+            if (found := data.get(name)) not in supported:
+                raise CheckpointError(f"{source}: {name}: expected {supported[0]!r}, found {found!r}")
         layer_types = data.get("layer_types") or []
         if not isinstance(layer_types, list) or any(t != "full_attention" for t in layer_types):
             raise CheckpointError(f"{source}: layer_types: expected 'full_attention' only, found {layer_types!r:.200}")
@@ -78,9 +78,20 @@ class Qwen3Config:
             )
         if config.head_dim % 2:
             raise CheckpointError(f"{source}: head_dim: expected an even number, found {config.head_dim}")
-        if config.dtype not in (None, *DTYPES):
-            raise CheckpointError(f"{source}: dtype: expected one of {', '.join(DTYPES)}, found {config.dtype!r}")
+        if config.dtype not in (None, *DTYPE_NAMES):
+            raise CheckpointError(f"{source}: dtype: expected one of {', '.join(DTYPE_NAMES)}, found {config.dtype!r}")
         return config
+
+
+# Vocabularies and positions differ by repository: a checkpoint's own config.json and tensors decide.
+OFFICIAL_SIZES = {
+    name: Qwen3Config(151669, hidden, mlp, layers, heads, 8, 40960, 1e6, tie_word_embeddings=tied, dtype="bfloat16")
+    for name, hidden, mlp, layers, heads, tied in (
+        ("0.6B", 1024, 3072, 28, 16, True),
+        ("4B", 2560, 9728, 36, 32, True),
+        ("8B", 4096, 12288, 36, 32, False),
+    )
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:

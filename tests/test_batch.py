@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import SAME_TEXT_FP32
 
-from qwen3core import Embedder, InputError, Reranker, capture, model, pack, pretrained
-from qwen3core.batch import plan, shared_heads
+from qwen3core import Embedder, InputError, Reranker, capture, model, pack, prefix_cache, pretrained
+from qwen3core.planning import plan, shared_prefixes
 
 TEXTS = ["", "a", "Gravity is a force.", "北京", "Brot und Wasser. " * 30, "x = 1\n" * 12, "yes " * 90, "gravity " * 5]
 
@@ -44,54 +44,54 @@ def test_pack():
     assert batch.position_ids.tolist() == [0, 1, 2, 0, 0, 1]
     assert batch.cu_seqlens.tolist() == [0, 3, 4, 6]
     assert (batch.input_ids.dtype, batch.cu_seqlens.dtype) == (torch.int64, torch.int32)
-    assert (batch.max_seqlen, batch.indices) == (3, (4, 0, 2))
+    assert (batch.full.max_seqlen_q, batch.indices) == (3, (4, 0, 2))
     for empty in ([], [[1], []]):
         with pytest.raises(InputError, match="expected one or more sequences of at least one token"):
             pack(empty)
 
 
-def test_pack_lays_shared_heads_down_once():
-    batch = pack([[1, 2, 3], [7, 8], [1, 2, 4, 5]], heads=[(1, 2), (), (1, 2)])
+def test_shared_prefixes_are_packed_once():
+    batch = pack([[1, 2, 3], [7, 8], [1, 2, 4, 5]], prefixes=[(1, 2), (), (1, 2)])
     assert batch.input_ids.tolist() == [1, 2, 3, 7, 8, 4, 5]
     assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 3]
     assert batch.cu_seqlens.tolist() == [0, 2, 3, 5, 7]
-    assert batch.all.keys.tolist() == [0, 1, 0, 1, 2, 3, 4, 0, 1, 5, 6]
-    assert batch.all.cu_seqlens_k.tolist() == [0, 2, 5, 7, 11]
-    assert (batch.all.max_seqlen_q, batch.all.max_seqlen_k, batch.last.max_seqlen_q) == (2, 4, 1)
-    assert batch.last.queries.tolist() == [2, 4, 6]
-    assert batch.last.keys.tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6]
-    assert batch.last.cu_seqlens_k.tolist() == [0, 3, 5, 9]
+    assert batch.full.keys.tolist() == [0, 1, 0, 1, 2, 3, 4, 0, 1, 5, 6]
+    assert batch.full.cu_seqlens_k.tolist() == [0, 2, 5, 7, 11]
+    assert (batch.full.max_seqlen_q, batch.full.max_seqlen_k, batch.last_token.max_seqlen_q) == (2, 4, 1)
+    assert batch.last_token.queries.tolist() == [2, 4, 6]
+    assert batch.last_token.keys.tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6]
+    assert batch.last_token.cu_seqlens_k.tolist() == [0, 3, 5, 9]
 
 
-@pytest.mark.parametrize("head", [(2,), (1, 2, 3), (1, 2, 3, 4)])
-def test_pack_refuses_a_head_that_is_not_one(head):
-    with pytest.raises(InputError, match="pack: sequence 1: expected it to begin with its head and continue"):
-        pack([[9], [1, 2, 3]], heads=[(), head])
+@pytest.mark.parametrize("prefix", [(2,), (1, 2, 3), (1, 2, 3, 4)])
+def test_pack_refuses_a_prefix_that_is_not_one(prefix):
+    with pytest.raises(InputError, match="pack: sequence 1: expected it to begin with its prefix and continue"):
+        pack([[9], [1, 2, 3]], prefixes=[(), prefix])
 
 
-def test_shared_heads_end_where_one_of_their_texts_does():
+def test_shared_prefixes_end_where_one_of_their_texts_does():
     a, b = (1, 2, 3), (9,)
     sequences = [[1, 2, 3, 4], [1, 2, 8], [1, 2], [9, 9], [7]]
-    assert shared_heads(sequences[:2], [a, a]) == [(1, 2), (1, 2)]
-    assert shared_heads(sequences, [a, a, a, b, b]) == [(1,), (1,), (1,), (), ()]
-    assert shared_heads([[1, 2, 3]], [a]) == [(1, 2)]  # the last token is the text's own
-    assert shared_heads([[5]], [()]) == [()]
+    assert shared_prefixes(sequences[:2], [a, a]) == [(1, 2), (1, 2)]
+    assert shared_prefixes(sequences, [a, a, a, b, b]) == [(1,), (1,), (1,), (), ()]
+    assert shared_prefixes([[1, 2, 3]], [a]) == [(1, 2)]  # the last token is the text's own
+    assert shared_prefixes([[5]], [()]) == [()]
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 50)), max_size=40), st.integers(1, 120))
 @settings(derandomize=True, deadline=None)
 def test_plan_covers_all_within_budget(drawn, budget):
-    """Lengths behind one of four heads, of 0 to 30 tokens."""
-    heads = [tuple(range(10 * h)) for h, _ in drawn]
-    lengths = [len(head) + own for head, (_, own) in zip(heads, drawn, strict=True)]
-    groups = plan(lengths, budget, heads)
+    """Lengths behind one of four prefixes, of 0 to 30 tokens."""
+    prefixes = [tuple(range(10 * p)) for p, _ in drawn]
+    lengths = [len(prefix) + own for prefix, (_, own) in zip(prefixes, drawn, strict=True)]
+    groups = plan(lengths, budget, prefixes)
     order = [i for group in groups for i in group]
     assert sorted(order) == list(range(len(lengths)))
     for group in groups:
-        tokens = sum(lengths[i] - len(heads[i]) for i in group) + sum(map(len, {heads[i] for i in group}))
+        tokens = sum(lengths[i] - len(prefixes[i]) for i in group) + sum(map(len, {prefixes[i] for i in group}))
         assert tokens <= budget or len(group) == 1
-    assert [h for h, _ in itertools.groupby(heads[i] for i in order)] == list(dict.fromkeys(heads))
-    assert all(a >= b for g in groups for a, b in itertools.pairwise(lengths[i] for i in g if not heads[i]))
+    assert [p for p, _ in itertools.groupby(prefixes[i] for i in order)] == list(dict.fromkeys(prefixes))
+    assert all(a >= b for g in groups for a, b in itertools.pairwise(lengths[i] for i in g if not prefixes[i]))
 
 
 def test_plan_gives_a_longer_sequence_its_own_batch():
@@ -104,7 +104,7 @@ def test_plan_gives_a_longer_sequence_its_own_batch():
 def test_no_shortcut_changes_a_result(embedding_dir, reranker_dir, monkeypatch, ops):
     """Order, equal texts, shared prompts and queries, blocks of rows, the last layer for last tokens only.
 
-    Against a watched run, in which nothing is left out.
+    Against a run under capture, in which nothing is left out.
     """
     embedder = Embedder.from_pretrained(embedding_dir, dtype="float32", ops=ops, device="cpu")
     reranker = Reranker.from_pretrained(reranker_dir, dtype="float32", ops=ops, device="cpu")
@@ -114,7 +114,7 @@ def test_no_shortcut_changes_a_result(embedding_dir, reranker_dir, monkeypatch, 
         vectors, scores = embedder.encode_query(texts), reranker.predict(pairs)
     longest = 600
     for block, batch_tokens, direction in ((10**9, None, 1), (7, None, -1), (50, longest, 1)):
-        monkeypatch.setitem(model.BLOCK, "cpu", block)
+        monkeypatch.setitem(model.ROWS_PER_BLOCK, "cpu", block)
         again = embedder.encode_query(texts[::direction], batch_tokens=batch_tokens)[::direction]
         assert np.abs(again - vectors).max() <= SAME_TEXT_FP32
         again = reranker.predict(pairs[::direction], batch_tokens=batch_tokens)[::direction]
@@ -122,8 +122,8 @@ def test_no_shortcut_changes_a_result(embedding_dir, reranker_dir, monkeypatch, 
 
 
 @pytest.fixture
-def laid(monkeypatch):
-    """Tokens of each batch that is computed."""
+def rows(monkeypatch):
+    """Rows of each batch that is computed."""
     found = []
 
     def spy(*args, **options):
@@ -132,60 +132,61 @@ def laid(monkeypatch):
         return batch
 
     monkeypatch.setattr(pretrained, "pack", spy)
+    monkeypatch.setattr(prefix_cache, "pack", spy)
     return found
 
 
-def test_what_texts_share_is_computed_once(embedding_dir, laid):
+def test_what_texts_share_is_computed_once(embedding_dir, rows):
     embedder = Embedder.from_pretrained(embedding_dir, device="cpu")
     embedder.encode(["gravity"] * 50)
-    assert laid == [len(embedder.tokenizer.embedding(["gravity"], 100)[0])]
+    assert rows == [len(embedder.tokenizer.embedding(["gravity"], 100)[0])]
     prompt, texts = "a long instruction of many words: ", ["gravity", "gravity gravity", "b"]
     embedder.encode(texts, prompt=prompt)
     apart = sum(map(len, embedder.tokenizer.embedding([prompt + text for text in texts], 1000)))
-    [ids] = embedder.tokenizer.content([prompt])
-    assert laid[1] <= apart - 2 * (len(ids) - 1)
+    [ids] = embedder.tokenizer.encode([prompt])
+    assert rows[1] <= apart - 2 * (len(ids) - 1)
 
 
-def test_what_pairs_share_is_computed_once(reranker_dir, laid):
+def test_what_pairs_share_is_computed_once(reranker_dir, rows):
     reranker = Reranker.from_pretrained(reranker_dir, device="cpu")
     pairs = [("what is gravity? " * 20, d) for d in ("aa", "bb", "cc", "dd")]
     reranker.predict(pairs[0])
     reranker.predict(pairs)
-    assert laid[1] < 1.25 * laid[0]
+    assert rows[1] < 1.25 * rows[0]
     reranker.predict([(q, "aa") for q in ("one", "two", "three", "four")])  # share the system prompt
-    assert laid[2] < 2 * laid[0]
+    assert rows[2] < 2 * rows[0]
 
 
-def test_kept_heads_change_no_result(embedding_dir, reranker_dir):
+def test_cached_prefixes_change_no_result(embedding_dir, reranker_dir):
     embedder = Embedder.from_pretrained(embedding_dir, dtype="float32", device="cpu")
     reranker = Reranker.from_pretrained(reranker_dir, dtype="float32", device="cpu")
     pairs = [(q, d) for q in ("what is gravity?", "yes") for d in TEXTS]
     vectors, scores = embedder.encode_query(TEXTS), reranker.predict(pairs)
-    keep = {"dtype": "float32", "device": "cpu", "keep_tokens": 1000}
-    embedder = Embedder.from_pretrained(embedding_dir, **keep)
-    reranker = Reranker.from_pretrained(reranker_dir, **keep)
+    cached = {"dtype": "float32", "device": "cpu", "prefix_cache_tokens": 1000}
+    embedder = Embedder.from_pretrained(embedding_dir, **cached)
+    reranker = Reranker.from_pretrained(reranker_dir, **cached)
     for _ in range(2):
         assert np.abs(embedder.encode_query(TEXTS) - vectors).max() <= SAME_TEXT_FP32
         assert np.abs(np.stack([embedder.encode_query(text) for text in TEXTS]) - vectors).max() <= SAME_TEXT_FP32
         assert np.abs(reranker.predict(pairs[::-1], batch_tokens=2000)[::-1] - scores).max() <= SAME_TEXT_FP32
-    assert len(embedder.kept) == 1
-    assert len(reranker.kept) == 2
+    assert len(embedder.prefix_cache) == 1
+    assert len(reranker.prefix_cache) == 2
 
 
-def test_kept_heads_are_used_and_bounded(reranker_dir, laid):
-    reranker = Reranker.from_pretrained(reranker_dir, device="cpu", keep_tokens=10_000)
+def test_cached_prefixes_are_used_and_bounded(reranker_dir, rows):
+    reranker = Reranker.from_pretrained(reranker_dir, device="cpu", prefix_cache_tokens=10_000)
     pairs = [("what is gravity? " * n, d) for n in (1, 2) for d in ("a", "b")]
     reranker.predict(pairs[:2])
-    head, texts = laid
+    prefix, texts = rows
     reranker.predict(pairs[:2])
-    assert laid[2:] == [texts]  # nothing but what is the pairs' own
-    assert [len(h) for h in reranker.kept] == [head]
-    reranker.keep_tokens = head + 50
+    assert rows[2:] == [texts]  # nothing but what is the pairs' own
+    assert [len(p) for p in reranker.prefix_cache] == [prefix]
+    reranker.prefix_cache.max_tokens = prefix + 50
     reranker.predict(pairs[2:])
-    [longer] = map(len, reranker.kept)  # the older one had to go
-    assert head < longer <= head + 50
-    reranker.predict(pairs)  # both do not fit: one is kept, the other is laid down in the batch
-    assert len(reranker.kept) == 1
-    reranker.keep_tokens = 10
+    [longer] = map(len, reranker.prefix_cache)  # the older one had to go
+    assert prefix < longer <= prefix + 50
+    reranker.predict(pairs)  # both do not fit: one is cached, the other is computed in the batch
+    assert len(reranker.prefix_cache) == 1
+    reranker.prefix_cache.max_tokens = 10
     reranker.predict(pairs)
-    assert reranker.kept == {}
+    assert list(reranker.prefix_cache) == []
