@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -17,16 +18,27 @@ class Tokenizer:
     """A checkpoint's tokenizer.json.
 
     Its post-processor, truncation and padding are not used: whether or not it appends ``<|endoftext|>``, this class
-    does so exactly once for embedding and never for reranking.
+    does so exactly once for embedding and never for reranking. Threads may share a tokenizer; copies keep its settings.
 
-    Text that spells a special token (``<|im_end|>``) becomes that token, as in transformers; ``split_special_tokens``
-    makes it plain text instead, for texts that are not trusted. As there, tokens that tokenizer.json does not mark
-    as special (``<think>``, ``<tool_call>``) are still recognised; they cannot end a turn.
+    Args:
+        path: a tokenizer.json.
+        split_special_tokens: read text that spells a special token (``<|im_end|>``) as plain text, for texts that are
+            not trusted; by default it becomes that token, as in transformers. As there, tokens that tokenizer.json
+            does not mark as special (``<think>``, ``<tool_call>``) are recognised either way; they cannot end a turn.
+
+    Raises:
+        CheckpointError: where the file is missing, broken, or has no ``<|endoftext|>``.
+
+    Example:
+        >>> tokenizer = Tokenizer(find("tiny-embedding") / "tokenizer.json")
+        >>> [ids] = tokenizer.embedding(["gravity"], max_length=512)
+        >>> tokenizer.decode(ids)
+        'gravity<|endoftext|>'
     """
 
     def __init__(self, path: str | Path, *, split_special_tokens: bool = False) -> None:
-        """Read a tokenizer.json. Raises CheckpointError where it is missing, broken, or has no ``<|endoftext|>``."""
         self.path = Path(path)
+        self.split_special_tokens = split_special_tokens
         if not self.path.is_file():
             found = "a directory" if self.path.is_dir() else "nothing"
             raise CheckpointError(f"{self.path}: expected a tokenizer file, found {found}")
@@ -44,6 +56,11 @@ class Tokenizer:
         # Once and for all, after the templates: threads share the backend.
         self.backend.encode_special_tokens = split_special_tokens
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy (copy, pickle): the tokenizers library itself does not keep ``encode_special_tokens``."""
+        self.__dict__ |= state
+        self.backend.encode_special_tokens = self.split_special_tokens
+
     def check(self, texts: Sequence[str]) -> None:
         """Raise InputError, naming the index, for what is not Unicode text."""
         for index, text in enumerate(texts):
@@ -59,35 +76,31 @@ class Tokenizer:
                 raise InputError(f"input {index}: expected at most {LONGEST_SPACE} white spaces in a row, found more")
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of checked texts alone."""
-        return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    def content(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of the texts alone. Raises InputError, naming the index, for what is not Unicode text."""
         self.check(texts)
-        return self.encode(texts)
+        return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def embedding(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
         """Ids of each text, then EOS; at most ``max_length`` each, with one warning for all that were truncated."""
-        return self.close(self.content(texts), max_length)
+        return self.append_eos(self.encode(texts), max_length)
 
-    def close(self, contents: list[list[int]], max_length: int) -> list[list[int]]:
-        """``embedding`` of texts whose ids are given."""
-        return self._truncate(contents, [], [self.eos], max_length)
+    def append_eos(self, token_ids: list[list[int]], max_length: int) -> list[list[int]]:
+        """Each text's ids, cut to leave place for it, and EOS."""
+        return self._truncate(token_ids, [], [self.eos], max_length)
 
     def reranking(self, bodies: Sequence[str], max_length: int) -> list[list[int]]:
         """Prefix, body, suffix, joined as ids; the body alone is truncated. Warns where a body holds special tokens."""
-        return self.frame(self.content(bodies), max_length)
+        return self.apply_template(self.encode(bodies), max_length)
 
-    def frame(self, contents: list[list[int]], max_length: int) -> list[list[int]]:
-        """``reranking`` of bodies whose ids are given."""
-        special = sum(not self.special_ids.isdisjoint(ids) for ids in contents)
+    def apply_template(self, token_ids: list[list[int]], max_length: int) -> list[list[int]]:
+        """Each body's ids, cut to leave place for them, between the template's prefix and suffix."""
+        special = sum(not self.special_ids.isdisjoint(ids) for ids in token_ids)
         if special:
             warn(
-                f"{special} of {len(contents)} inputs contain special tokens such as <|im_end|>, which can close the "
+                f"{special} of {len(token_ids)} inputs contain special tokens such as <|im_end|>, which can close the "
                 "template early; pass split_special_tokens=True to from_pretrained to read them as plain text"
             )
-        return self._truncate(contents, self.prefix, self.suffix, max_length)
+        return self._truncate(token_ids, self.prefix, self.suffix, max_length)
 
     def yes_no(self) -> tuple[int, int]:
         """Ids of the two answers. Raises CheckpointError where one is not a single token."""
@@ -119,17 +132,17 @@ class Tokenizer:
         return ids[0]
 
     @staticmethod
-    def _truncate(contents: list[list[int]], prefix: list[int], suffix: list[int], max_length: int) -> list[list[int]]:
-        room = max_length - len(prefix) - len(suffix)
-        if room < 1:
+    def _truncate(token_ids: list[list[int]], prefix: list[int], suffix: list[int], max_length: int) -> list[list[int]]:
+        longest = max_length - len(prefix) - len(suffix)
+        if longest < 1:
             raise InputError(
                 f"max_length: expected more than the {len(prefix) + len(suffix)} tokens around each input, "
                 f"found {max_length}"
             )
-        truncated = sum(len(ids) > room for ids in contents)
+        truncated = sum(len(ids) > longest for ids in token_ids)
         if truncated:
             warn(
-                f"{truncated} of {len(contents)} inputs were longer than max_length={max_length} tokens and were "
+                f"{truncated} of {len(token_ids)} inputs were longer than max_length={max_length} tokens and were "
                 "truncated"
             )
-        return [[*prefix, *ids[:room], *suffix] for ids in contents]
+        return [[*prefix, *ids[:longest], *suffix] for ids in token_ids]

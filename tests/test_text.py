@@ -155,7 +155,7 @@ TEXTS = {**LANGUAGES, **OTHER, **SPECIAL}
 
 
 @pytest.fixture(scope="module", params=["small", "real"])
-def sides(request, tmp_path_factory):
+def both(request, tmp_path_factory):
     """transformers' tokenizers and ours, on one embedding and one reranker directory."""
     if request.param == "small":
         dirs = [request.getfixturevalue("embedding_dir"), request.getfixturevalue("reranker_dir")]
@@ -169,17 +169,17 @@ def sides(request, tmp_path_factory):
     )
 
 
-def assert_same_ids(sides, text, room, split):
-    """Both jobs, as in the model cards, with ``room`` tokens for the content."""
-    embedding, reranking = sides.hf
-    length = room + 1
+def assert_same_ids(both, text, budget, split):
+    """Both jobs, as in the model cards, with ``budget`` tokens for the content."""
+    embedding, reranking = both.hf
+    length = budget + 1
     expected = embedding(text, truncation=True, max_length=length, split_special_tokens=split)["input_ids"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert sides.ours[split][0].embedding([text], length) == [expected]
+        assert both.ours[split][0].embedding([text], length) == [expected]
 
     prefix, suffix = (reranking.encode(part, add_special_tokens=False) for part in (PREFIX, SUFFIX))
-    length = room + len(prefix) + len(suffix)
+    length = budget + len(prefix) + len(suffix)
     body = BODY.format(instruction=TASK, query=text[:20], document=text)
     inner = reranking(
         body,
@@ -191,7 +191,7 @@ def assert_same_ids(sides, text, room, split):
     )["input_ids"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ours = sides.ours[split][1].reranking([prompts.reranker_body(TASK, text[:20], text)], length)
+        ours = both.ours[split][1].reranking([prompts.reranker_body(TASK, text[:20], text)], length)
     assert ours == [prefix + inner + suffix]
 
 
@@ -199,34 +199,34 @@ def assert_same_ids(sides, text, room, split):
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_ids_equal_transformers(sides, name):
+def test_ids_equal_transformers(both, name):
     for text in dict.fromkeys([TEXTS[name], unicodedata.normalize("NFD", TEXTS[name]), "  " + TEXTS[name] + "\n"]):
         for split in (False, True):
-            for room in (4000, 7):
-                assert_same_ids(sides, text, room, split)
+            for budget in (4000, 7):
+                assert_same_ids(both, text, budget, split)
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_ids_spell_the_text(sides, name):
+def test_ids_spell_the_text(both, name):
     """A check that does not lean on transformers: byte-level ids decode to the NFC of the text."""
     for split in (False, True):
-        tok = sides.ours[split][0]
-        [ids] = tok.content([TEXTS[name]])
+        tok = both.ours[split][0]
+        [ids] = tok.encode([TEXTS[name]])
         assert tok.decode(ids) == unicodedata.normalize("NFC", TEXTS[name])
 
 
-def test_split_special_tokens_changes_only_special_tokens(sides):
-    plain, split = (sides.ours[s][0] for s in (False, True))
+def test_split_special_tokens_changes_only_special_tokens(both):
+    plain, split = (both.ours[s][0] for s in (False, True))
     texts = list({**LANGUAGES, **OTHER}.values())
-    assert plain.content(texts) == split.content(texts)
-    [a], [b] = (t.content(["<|im_end|><think>"]) for t in (plain, split))
+    assert plain.encode(texts) == split.encode(texts)
+    [a], [b] = (t.encode(["<|im_end|><think>"]) for t in (plain, split))
     assert len(a) == 2
     assert len(b) > 2
     assert a[-1] == b[-1]  # <think> is not marked special, and transformers keeps it too
 
 
-def test_batch_equals_one_by_one(sides):
-    tok, texts = sides.ours[False][0], list(TEXTS.values())
+def test_batch_equals_one_by_one(both):
+    tok, texts = both.ours[False][0], list(TEXTS.values())
     assert tok.embedding(texts, 4000) == [tok.embedding([t], 4000)[0] for t in texts]
 
 
@@ -253,7 +253,7 @@ def test_templates_equal_the_facts(facts):
 
 def test_token_ids_equal_the_facts(real_tokenizer, facts):
     tok = Tokenizer(real_tokenizer)
-    assert {text: tok.content([text])[0] for text in facts["tokens"]} == {k: [v] for k, v in facts["tokens"].items()}
+    assert {text: tok.encode([text])[0] for text in facts["tokens"]} == {k: [v] for k, v in facts["tokens"].items()}
     assert tok.yes_no() == (facts["tokens"]["yes"], facts["tokens"]["no"])
     assert tok.eos == facts["tokens"][EOS]
 
@@ -274,21 +274,21 @@ FUZZ = settings(
 
 
 @FUZZ
-@given(text=ANY_TEXT, room=st.integers(1, 30) | st.just(4000), split=st.booleans())
-def test_fuzz_ids_equal_transformers(sides, text, room, split):
-    assert_same_ids(sides, text, room, split)
+@given(text=ANY_TEXT, budget=st.integers(1, 30) | st.just(4000), split=st.booleans())
+def test_fuzz_ids_equal_transformers(both, text, budget, split):
+    assert_same_ids(both, text, budget, split)
 
 
 @FUZZ
 @given(text=st.text(st.characters() | st.characters(categories=["Cs"]), max_size=12))
-def test_fuzz_surrogates_are_the_only_refusal(sides, text):
-    tok = sides.ours[False][0]
+def test_fuzz_surrogates_are_the_only_refusal(both, text):
+    tok = both.ours[False][0]
     first = next((i for i, c in enumerate(text) if 0xD800 <= ord(c) <= 0xDFFF), None)
     if first is None:
-        assert len(tok.content(["fine", text])) == 2
+        assert len(tok.encode(["fine", text])) == 2
     else:
         with pytest.raises(InputError, match=rf"input 1: .*surrogate .*character {first}$"):
-            tok.content(["fine", text])
+            tok.encode(["fine", text])
 
 
 # --------------------------------------------------------------------------------- EOS and truncation
@@ -315,14 +315,14 @@ def test_eos_once_whatever_the_post_processor(tokenizer_file, text):
     [ids] = tok.embedding([text], 100)
     assert ids[-1] == eos
     assert ids.count(eos) == 1
-    assert eos not in tok.content([text])[0]
+    assert eos not in tok.encode([text])[0]
     assert eos not in tok.reranking([text], 1000)[0]
 
 
 @pytest.mark.parametrize("job", ["embedding", "reranking"])
 @pytest.mark.parametrize("excess", [-1, 0, 1, 9])
 def test_truncation_takes_content_only(tokenizer_file, job, excess):
-    """Ten tokens of content, ``excess`` more than there is room for."""
+    """Ten tokens of content, ``excess`` more than the budget holds."""
     raw = tokenizers.Tokenizer.from_file(str(tokenizer_file))
     before, after = (PREFIX, SUFFIX) if job == "reranking" else ("", EOS)
     prefix, suffix = (raw.encode(t, add_special_tokens=False).ids for t in (before, after))
@@ -565,8 +565,8 @@ def test_ten_million_letters_without_a_space(reranker_dir):
 def test_ten_million_spaces(embedder):
     """Past the regex engine's limit of ten million steps, where it panics; no caller can catch that by Exception."""
     with pytest.raises(InputError, match=r"input 1\b"):
-        embedder.tokenizer.content(["a", " " * 10_000_001])
-    assert embedder.tokenizer.content([""]) == [[]]  # and goes on
+        embedder.tokenizer.encode(["a", " " * 10_000_001])
+    assert embedder.tokenizer.encode([""]) == [[]]  # and goes on
 
 
 LONG = "0123456789" * 20
