@@ -12,22 +12,20 @@ Both nest, in any mix: a point passes through them in the order in which they we
 sees what an outer edit made. They are gone when their block ends, however it ends.
 
 Inside the block everything is computed, every text and token in every layer; a call outside leaves out what its result
-does not need, and may differ in the last bits.
+does not need, and may differ in the last bits. Hooks belong to the model: calls of other threads pass through them too.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .batch import PackedBatch
+from .config import Qwen3Config
 from .errors import InputError
-
-if TYPE_CHECKING:
-    from .model import Qwen3Model
 
 POINTS = {
     "embed": "[T, H] token embeddings",
@@ -47,30 +45,12 @@ POINTS = {
     "pooled": "[N, dim] float32, one row per text: the embedding, or the reranker's last hidden state",
 }
 
-Tap = Callable[[str, Tensor], Tensor]
 
+class Hookable(Protocol):
+    """A model that passes its points through hooks: ``Qwen3Model``."""
 
-class Taps:
-    """The captures and edits now in force on one model."""
-
-    def __init__(self) -> None:
-        self.active: list[Callable[[str, Tensor, PackedBatch], Tensor]] = []
-
-    def scope(self, batch: PackedBatch, prefix: str = "") -> Tap:
-        """A function of (name below prefix, tensor); the identity while nothing is in force."""
-        if not self.active:
-            return _identity
-
-        def tap(name: str, x: Tensor) -> Tensor:
-            for each in self.active:
-                x = each(prefix + name, x, batch)
-            return x
-
-        return tap
-
-
-def _identity(name: str, x: Tensor) -> Tensor:
-    return x
+    config: Qwen3Config
+    hooks: list[Callable[[str, Tensor, PackedBatch], Tensor]]
 
 
 class Activations(Mapping[str, Tensor]):
@@ -115,7 +95,7 @@ class Activations(Mapping[str, Tensor]):
 
 
 @contextmanager
-def capture(model: "Qwen3Model", *patterns: str) -> Iterator[Activations]:
+def capture(model: Hookable, *patterns: str) -> Iterator[Activations]:
     """Record every point whose name matches a pattern (shell-style, ``*``), without copying or detaching.
 
     Raises InputError for a pattern that matches no point at once, and at the end of the block for a point that
@@ -129,13 +109,13 @@ def capture(model: "Qwen3Model", *patterns: str) -> Iterator[Activations]:
             acts._records[name].append((batch, x))
         return x
 
-    with _in_force(model, record):
+    with _active(model, record):
         yield acts
     _require_computed(names, acts)
 
 
 @contextmanager
-def edit(model: "Qwen3Model", edits: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+def edit(model: Hookable, edits: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
     """Replace points: each value is a function of the point's tensor that returns one of the same shape and dtype.
 
     Keys are names or patterns; a point that several match passes through each in turn. Raises as ``capture``
@@ -157,21 +137,21 @@ def edit(model: "Qwen3Model", edits: Mapping[str, Callable[[Tensor], Tensor]]) -
             x = new
         return x
 
-    with _in_force(model, replace):
+    with _active(model, replace):
         yield
     _require_computed(list(functions), seen)
 
 
 @contextmanager
-def _in_force(model: "Qwen3Model", tap: Callable[[str, Tensor, PackedBatch], Tensor]) -> Iterator[None]:
-    model.taps.active.append(tap)
+def _active(model: Hookable, hook: Callable[[str, Tensor, PackedBatch], Tensor]) -> Iterator[None]:
+    model.hooks.append(hook)
     try:
         yield
     finally:
-        model.taps.active.remove(tap)
+        model.hooks.remove(hook)
 
 
-def _matching(model: "Qwen3Model", patterns: "tuple[str, ...] | list[str]") -> list[str]:
+def _matching(model: Hookable, patterns: Sequence[str]) -> list[str]:
     layers = range(model.config.num_hidden_layers)
     names = [n for p in POINTS for n in ([p.format(i=i) for i in layers] if "{i}" in p else [p])]
     for pattern in patterns:
@@ -182,7 +162,7 @@ def _matching(model: "Qwen3Model", patterns: "tuple[str, ...] | list[str]") -> l
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def _require_computed(names: list[str], computed: "Mapping | set") -> None:
+def _require_computed(names: list[str], computed: Container[str]) -> None:
     missing = [name for name in names if name not in computed]
     if missing:
         raise InputError(

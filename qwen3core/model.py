@@ -1,33 +1,57 @@
 """The Qwen3 decoder on packed sequences; parameter names are the checkpoint's own.
 
 ``T`` packed tokens, ``H`` hidden size, ``Hq``/``Hkv`` query/key heads, ``D`` head dimension, ``I`` MLP width.
-Operations that a kernel may replace go through ``ops``; ``tap(name, x)`` returns x, or what an edit made of it.
+Operations that a kernel may replace come from ``ops``; ``hook(name, x)`` returns x, or what an edit made of it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import reference
-from .batch import KeysValues, PackedBatch, Reach
+from .batch import KeysValues, PackedBatch, VarlenLayout
 from .config import Qwen3Config
-from .hooks import Tap, Taps
+from .errors import InputError
 from .ops import Ops, resolve
 from .reference import p_yes, yes_minus_no
 
-BLOCK = {"cpu": 1024}
-"""Rows that go through a layer at a time, attention aside: a long text needs no more memory for its MLPs than that."""
+Hook = Callable[[str, Tensor, PackedBatch], Tensor]
+"""A function of a point's full name, its tensor and the batch; what it returns goes on in the tensor's place."""
+
+ROWS_PER_BLOCK = {"cpu": 1024}
+"""Rows at a time through an MLP and the projections of q, k and v: a long text needs no more memory there than that."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the parts of one layer share in one forward pass."""
+
+    ops: Ops
+    cos: Tensor
+    """[T, D], of the rows' positions."""
+    sin: Tensor
+    block_rows: int
+    """Rows at a time, where no row depends on another."""
+    hook: Callable[[str, Tensor], Tensor]
+    """A function of (point's name within the layer, tensor)."""
+    keys_values: KeysValues | None = None
+    """Where each layer adds its keys and values, if they are asked for."""
 
 
 class Linear(nn.Linear):
-    scale: Tensor | None = None
+    scale: Tensor | None
     """[out] float32, once the weight is int8."""
 
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.register_buffer("scale", None, persistent=False)
+
     def forward(self, x: Tensor, op: Callable[[Tensor, Tensor], Tensor] = reference.linear) -> Tensor:
+        # op is an argument, not an attribute: replacing model.ops reaches every layer, and a module holds only weights.
         return op(x, self.weight) if self.scale is None else reference.int8_linear(x, self.weight, self.scale)
 
     def quantize(self) -> None:
@@ -42,8 +66,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, op: Callable[..., Any], x: Tensor, *args: Any) -> Any:
-        """``op`` is ``ops.rms_norm``, or one that does more with the same weight, given the rest of its arguments."""
+    def forward(self, x: Tensor, op: Callable[..., Any], *args: Any) -> Any:
+        """Apply ``ops.rms_norm``, or a fused op that takes the same weight and more arguments after eps."""
         return op(x, self.weight.to(x.dtype), self.eps, *args)
 
 
@@ -53,36 +77,52 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         q_size = config.num_attention_heads * self.head_dim
         kv_size = config.num_key_value_heads * self.head_dim
-        self.q_proj = Linear(config.hidden_size, q_size, bias=False)
-        self.k_proj = Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = Linear(q_size, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, q_size)
+        self.k_proj = Linear(config.hidden_size, kv_size)
+        self.v_proj = Linear(config.hidden_size, kv_size)
+        self.o_proj = Linear(q_size, config.hidden_size)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)  # per head, before RoPE
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def qkv(self, x: Tensor, cos: Tensor, sin: Tensor, ops: Ops, tap: Tap) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [T, Hq, D], keys and values [T, Hkv, D] of normed rows x [T, H]."""
+    def forward(
+        self, x: Tensor, layout: VarlenLayout, context: Context, prefix_kv: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        """Normed rows x [T, H] to what the querying rows [Tq, H] add to the residual stream."""
+        q, k, v = in_blocks(partial(self.qkv, context), context.block_rows, x, context.cos, context.sin)
+        if context.keys_values is not None:
+            context.keys_values.append((k, v))
+        if prefix_kv:
+            k, v = (torch.cat(pair) for pair in zip(prefix_kv, (k, v), strict=True))
+        lengths = (layout.cu_seqlens_q, layout.cu_seqlens_k, layout.max_seqlen_q, layout.max_seqlen_k)
+        z = context.ops.attention(q[layout.queries], k[layout.keys], v[layout.keys], *lengths)
+        return self.o_proj(context.hook("z", z).flatten(-2), context.ops.linear)
+
+    def qkv(self, context: Context, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, Hq, D], keys and values [T, Hkv, D] of normed rows x [T, H] at the positions of cos, sin."""
+        ops, hook = context.ops, context.hook
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (proj(x, ops.linear).unflatten(-1, (-1, self.head_dim)) for proj in projections)
+        q, k, v = (projection(x, ops.linear).unflatten(-1, (-1, self.head_dim)) for projection in projections)
         if ops.qk_norm_rope:
             weights = (norm.weight.to(q.dtype) for norm in (self.q_norm, self.k_norm))
             q, k = ops.qk_norm_rope(q, k, *weights, self.q_norm.eps, cos, sin)
         else:
-            q = ops.rope(self.q_norm(ops.rms_norm, q), cos, sin)
-            k = ops.rope(self.k_norm(ops.rms_norm, k), cos, sin)
-        return tap("q", q), tap("k", k), tap("v", v)
+            q = ops.rope(self.q_norm(q, ops.rms_norm), cos, sin)
+            k = ops.rope(self.k_norm(k, ops.rms_norm), cos, sin)
+        return hook("q", q), hook("k", k), hook("v", v)
 
 
 class MLP(nn.Module):
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x: Tensor, ops: Ops, tap: Tap) -> Tensor:
-        gate, up = self.gate_proj(x, ops.linear), self.up_proj(x, ops.linear)
-        return self.down_proj(tap("mlp_act", ops.swiglu(gate, up)), ops.linear)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        if len(x) > context.block_rows:
+            return torch.cat([self(rows, context) for rows in x.split(context.block_rows)])
+        gate, up = self.gate_proj(x, context.ops.linear), self.up_proj(x, context.ops.linear)
+        return self.down_proj(context.hook("mlp_act", context.ops.swiglu(gate, up)), context.ops.linear)
 
 
 class DecoderLayer(nn.Module):
@@ -94,41 +134,24 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        reach: Reach,
-        past: tuple[Tensor, Tensor] | None,
-        ops: Ops,
-        tap: Tap,
-        block: int,
+        self, x: Tensor, layout: VarlenLayout, context: Context, prefix_kv: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
-        """The residual stream [T, H] through one layer, of which the rows ``reach.queries`` go on.
+        """The residual stream [T, H] into the layer to that out of it [Tq, H], of the rows ``layout.queries``."""
+        x = context.hook("resid_pre", x)
+        attn_norm = context.hook("attn_norm", self.input_layernorm(x, context.ops.rms_norm))
+        attn_out = context.hook("attn_out", self.self_attn(attn_norm, layout, context, prefix_kv))
+        x, mlp_norm = self.add_and_norm(x[layout.queries], attn_out, context)
+        mlp_out = context.hook("mlp_out", self.mlp(mlp_norm, context))
+        return context.hook("resid_post", x + mlp_out)
 
-        past: keys and values that come before those of the rows. block: rows at a time, attention aside.
-        """
-
-        def before(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-            attn_norm = tap("attn_norm", self.input_layernorm(ops.rms_norm, x))
-            return self.self_attn.qkv(attn_norm, cos, sin, ops, tap)
-
-        def after(x: Tensor, z: Tensor) -> tuple[Tensor]:
-            attn_out = tap("attn_out", self.self_attn.o_proj(z.flatten(-2), ops.linear))
-            if ops.add_rms_norm:
-                mlp_norm, x = self.post_attention_layernorm(ops.add_rms_norm, x, attn_out)
-            else:
-                x = tap("resid_mid", x + attn_out)
-                mlp_norm = self.post_attention_layernorm(ops.rms_norm, x)
-            return (x + tap("mlp_out", self.mlp(tap("mlp_norm", mlp_norm), ops, tap)),)
-
-        x = tap("resid_pre", x)
-        q, k, v = in_blocks(before, block, x, cos, sin)
-        if past:
-            k, v = (torch.cat(pair) for pair in zip(past, (k, v), strict=True))
-        lengths = (reach.cu_seqlens_q, reach.cu_seqlens_k, reach.max_seqlen_q, reach.max_seqlen_k)
-        z = tap("z", ops.attention(q[reach.queries], k[reach.keys], v[reach.keys], *lengths))
-        return tap("resid_post", *in_blocks(after, block, x[reach.queries], z))
+    def add_and_norm(self, x: Tensor, attn_out: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention, and its norm, which the MLP reads; one operation where ops fuse them."""
+        if context.ops.add_rms_norm:
+            mlp_norm, x = self.post_attention_layernorm(x, context.ops.add_rms_norm, attn_out)
+        else:
+            x = context.hook("resid_mid", x + attn_out)
+            mlp_norm = self.post_attention_layernorm(x, context.ops.rms_norm)
+        return x, context.hook("mlp_norm", mlp_norm)
 
 
 def in_blocks(function: Callable[..., tuple[Tensor, ...]], size: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -140,18 +163,30 @@ def in_blocks(function: Callable[..., tuple[Tensor, ...]], size: int, *tensors: 
 
 
 class Qwen3Model(nn.Module):
-    """``model(batch)`` gives hidden states, ``model.embed`` a vector of each sequence, ``model.score`` its P(yes).
+    """A Qwen3 decoder: ``model(batch)`` gives hidden states, ``embed`` a vector for each text, ``score`` its P(yes).
 
-    ``lm_head`` exists only where a reranker's head is not tied to ``embed_tokens``.
+    ``lm_head`` exists only where a reranker's is not tied to ``embed_tokens``. Threads may share a model while nobody
+    changes it; ``capture`` and ``edit`` concern every call of every thread.
+
+    Args:
+        config: the architecture's numbers.
+        ops: a set of operations, or its name (``ops.resolve``).
+        lm_head: whether the checkpoint has an output matrix of its own that is needed.
+
+    Example:
+        >>> model = Qwen3Model(Qwen3Config(50, 8, 16, 2, 2, 1, 64, 1e6, head_dim=4))
+        >>> model(pack([[1, 2, 3], [4]])).shape
+        torch.Size([4, 8])
     """
 
     def __init__(self, config: Qwen3Config, ops: Ops | str = "auto", *, lm_head: bool = False) -> None:
         super().__init__()
         self.config = config
         self.ops = resolve(ops)
-        self.taps = Taps()
+        self.hooks: list[Hook] = []
+        """The captures and edits that are active."""
         self.dtype: torch.dtype | None = None
-        """Of the arithmetic, where it is not that of the weights."""
+        """Compute dtype, where it differs from the weights'."""
         weight = torch.empty(config.vocab_size, config.hidden_size)
         if not weight.is_meta:  # there, a normal_ that fills nothing imports half of torch (1.5 s)
             weight.normal_(std=0.02)
@@ -160,71 +195,108 @@ class Qwen3Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if lm_head else None
 
-    def residual(self, batch: PackedBatch, *, last: bool = False, taps: Taps | None = None) -> Tensor:
+    @property
+    def shortcuts(self) -> bool:
+        """Whether rows may be left out or shared: by pruning, by shared and cached prefixes, by equal texts.
+
+        They may not while a hook is active, which must see every row, or where the ops do not declare what it takes.
+        """
+        return not self.hooks and self.ops.shortcuts
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Last hidden states [T, H], final norm applied (transformers' ``last_hidden_state``), in the compute dtype."""
+        return self._hook(batch)("final_norm", self.norm(self.run_layers(batch), self.ops.rms_norm))
+
+    def run_layers(
+        self, batch: PackedBatch, *, last_token: bool = False, keys_values: KeysValues | None = None
+    ) -> Tensor:
         """The residual stream [T, H] out of the last layer, before the final norm.
 
-        last: only each text's last token [N, H] goes through the last layer, which the others reach as keys and values.
+        Args:
+            batch: on the model's device.
+            last_token: only each text's last token [N, H] goes through the last layer; it attends to all others.
+            keys_values: a list that receives every layer's keys and values.
+
+        Raises:
+            InputError: where texts share a prefix and the ops do not declare that they may.
         """
-        taps = taps or self.taps
+        if batch.shares_prefixes and not self.ops.shortcuts:
+            raise InputError(f"pack: prefixes: expected ops that declare what sharing takes, found {self.ops}")
         x = self.embed_tokens(batch.input_ids)
-        x = taps.scope(batch)("embed", x.to(self.dtype or x.dtype))
+        x = self._hook(batch)("embed", x.to(self.dtype or x.dtype))
         cos, sin = rope_cos_sin(batch.position_ids, self.config, x.dtype)
         # Fused, the point between add and norm could not be edited.
-        ops = replace(self.ops, add_rms_norm=None) if taps.active else self.ops
-        block = len(x) if taps.active else BLOCK.get(x.device.type, 16384)
+        ops = replace(self.ops, add_rms_norm=None) if self.hooks else self.ops
+        blocks = ops.row_wise and not self.hooks
+        block_rows = ROWS_PER_BLOCK.get(x.device.type, 16384) if blocks else len(x)
         for i, layer in enumerate(self.layers):
-            reach = batch.last if last and i == len(self.layers) - 1 else batch.all
-            past = batch.past[i] if batch.past else None
-            x = layer(x, cos, sin, reach, past, ops, taps.scope(batch, f"layers.{i}."), block)
+            layout = batch.last_token if last_token and i == len(self.layers) - 1 else batch.full
+            context = Context(ops, cos, sin, block_rows, self._hook(batch, f"layers.{i}."), keys_values)
+            x = layer(x, layout, context, batch.prefix_kv[i] if batch.prefix_kv else None)
         return x
 
     def keys_values(self, batch: PackedBatch) -> KeysValues:
-        """Of every layer and token, for ``pack(..., past=)`` to continue from."""
-        kept: dict[str, Tensor] = {}
-        taps = Taps()
-        taps.active.append(lambda name, x, batch: kept.setdefault(name, x) if name[-2:] in (".k", ".v") else x)
-        self.residual(batch, taps=taps)
-        return [(kept[f"layers.{i}.k"], kept[f"layers.{i}.v"]) for i in range(len(self.layers))]
-
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """Last hidden states [T, H], final norm applied (transformers' ``last_hidden_state``), in the model's dtype."""
-        return self.taps.scope(batch)("final_norm", self.norm(self.ops.rms_norm, self.residual(batch)))
+        """Keys and values [T, Hkv, D] of every layer, for ``pack(..., prefix_kv=)`` to continue from."""
+        keys_values: KeysValues = []
+        self.run_layers(batch, keys_values=keys_values)
+        return keys_values
 
     def pool(
         self, hidden_states: Tensor, batch: PackedBatch, *, dim: int | None = None, normalize: bool = True
     ) -> Tensor:
         """Each text's last hidden state, cut to ``dim``, normalised; [T, H] to [N, dim] float32."""
-        cu_seqlens = batch.cu_seqlens[-len(batch.indices) - 1 :]
-        pooled = self.ops.pool(hidden_states, cu_seqlens, dim or self.config.hidden_size, normalize)
-        return self.taps.scope(batch)("pooled", pooled)
+        pooled = self.ops.pool(hidden_states, batch.text_cu_seqlens, dim or self.config.hidden_size, normalize)
+        return self._hook(batch)("pooled", pooled)
 
     def embed(self, batch: PackedBatch, *, dim: int | None = None, normalize: bool = True) -> Tensor:
-        """``pool(forward(batch))``, of the last layer no more than that needs unless a point is watched; [N, dim]."""
-        if self.taps.active:
+        """``pool(forward(batch))`` [N, dim] float32; with shortcuts, no more of the last layer than that needs."""
+        if not self.shortcuts:
             return self.pool(self(batch), batch, dim=dim, normalize=normalize)
-        x, rows, width = self.residual(batch, last=True), batch.last.cu_seqlens_q, dim or self.config.hidden_size
+        x, rows = self.run_layers(batch, last_token=True), batch.last_token.cu_seqlens_q
+        width = dim or self.config.hidden_size
         if self.ops.norm_pool:
-            return self.norm(self.ops.norm_pool, x, rows, width, normalize)
-        return self.ops.pool(self.norm(self.ops.rms_norm, x), rows, width, normalize)
-
-    def head_rows(self, token_ids: Sequence[int]) -> Tensor:
-        """The rows of these tokens [n, H] of the head, in place of all."""
-        head = self.lm_head or self.embed_tokens
-        return head.weight[torch.tensor(token_ids, device=head.weight.device)]
+            return self.norm(x, self.ops.norm_pool, rows, width, normalize)
+        return self.ops.pool(self.norm(x, self.ops.rms_norm), rows, width, normalize)
 
     def score(self, batch: PackedBatch, yes_no: Tensor) -> Tensor:
-        """P(yes) [N] float32 of each sequence's last hidden state, from the rows of yes and no [2, H] of the head."""
-        if self.ops.norm_score is None or self.taps.active:
+        """P(yes) [N] float32 of each text's pooled hidden state, from the rows of yes and no [2, H] of the lm_head."""
+        if self.ops.norm_score is None or not self.shortcuts:
             return p_yes(self.embed(batch, normalize=False), yes_no)
-        x, rows = self.residual(batch, last=True), batch.last.cu_seqlens_q
-        return self.norm(self.ops.norm_score, x, rows, yes_minus_no(yes_no))
+        x, rows = self.run_layers(batch, last_token=True), batch.last_token.cu_seqlens_q
+        return self.norm(x, self.ops.norm_score, rows, yes_minus_no(yes_no))
+
+    @property
+    def lm_head_name(self) -> str:
+        """The parameter that turns hidden states into logits: ``lm_head.weight``, or the embeddings it is tied to."""
+        return "lm_head.weight" if self.lm_head is not None else "embed_tokens.weight"
+
+    def lm_head_rows(self, token_ids: Sequence[int]) -> Tensor:
+        """The rows of these tokens [n, H] of the lm_head, in place of all."""
+        weight = self.get_parameter(self.lm_head_name)
+        return torch.stack([weight[i] for i in token_ids])  # an index tensor would make a GPU wait
+
+    def _hook(self, batch: PackedBatch, prefix: str = "") -> Callable[[str, Tensor], Tensor]:
+        """A function of (name below prefix, tensor) that passes the tensor through every active hook."""
+        if not self.hooks:
+            return _identity
+
+        def hook(name: str, x: Tensor) -> Tensor:
+            for function in self.hooks:
+                x = function(prefix + name, x, batch)
+            return x
+
+        return hook
 
     def extra_repr(self) -> str:
         return f"{self.config},\n{self.ops}"
 
 
+def _identity(name: str, x: Tensor) -> Tensor:
+    return x
+
+
 def rope_cos_sin(position_ids: Tensor, config: Qwen3Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, D] of every position, angles in float32, cast to the model's dtype as transformers does."""
+    """cos and sin [T, D] of every position, angles in float32, cast to the compute dtype as transformers does."""
     angles = position_ids.float()[:, None] * _inv_freq(config.head_dim, config.rope_theta, position_ids.device)
     angles = torch.cat((angles, angles), dim=-1).to(torch.promote_types(dtype, torch.float32))
     return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -4,7 +4,7 @@
     print(report); assert report.ok
 
 transformers runs as in the model cards: one left-padded batch, its default attention. Weights are streamed, one layer
-in memory at a time on every side, so that an 8B checkpoint is compared within 24 GiB. Needs transformers, which
+in memory at a time on either side, so that an 8B checkpoint is compared within 24 GiB. Needs transformers, which
 nothing else here does.
 """
 
@@ -95,7 +95,7 @@ def parity(
 ) -> Report:
     """Compare a checkpoint in both implementations.
 
-    dtype: as in ``from_pretrained``, but ``"auto"`` is the checkpoint's on both sides; int8 is compared with float32.
+    dtype: as in ``from_pretrained``, but ``"auto"`` is the checkpoint's for both; int8 is compared with float32.
     kind: ``"embedding"``, ``"reranker"``, or ``"auto"`` (embedding where modules.json names a Pooling). texts: inputs
     with their prompts, or bodies of the reranker's template; a few real ones by default. Raises CheckpointError and
     InputError; a difference beyond tolerance does not raise, it makes ``report.ok`` false.
@@ -107,37 +107,36 @@ def parity(
         raise InputError(f"kind: expected auto, embedding or reranker, found {kind!r}")
     reranker = kind == "reranker"
     device = as_device(device)
-    model, tensors = open_model(directory, ops=resolve(ops, device), head=reranker)
+    model, tensors = open_model(directory, ops=resolve(ops, device), lm_head=reranker)
     int8 = dtype == "int8"
     dtype = torch.float32 if int8 else as_dtype(dtype, model, tensors)
     tokenizer = Tokenizer(directory / "tokenizer.json")
     tokenizer.check_vocabulary(model.config.vocab_size)
-    documents = [*samples.DOCUMENTS, samples.LONG_DOCUMENT]
-    head = None
-    if reranker:
-        texts = texts or [reranker_body(DEFAULT_TASK, samples.QUERIES[1], document) for document in documents]
-        sequences = tokenizer.reranking(texts, max_length)
-        head = tensors["lm_head.weight" if model.lm_head else "embed_tokens.weight"][list(tokenizer.yes_no())]
-    else:
-        texts = texts or [*(embedding_query(DEFAULT_TASK) + query for query in samples.QUERIES), *documents]
-        sequences = tokenizer.embedding(texts, max_length)
+    texts = texts or _default_texts(reranker)
+    sequences = (tokenizer.reranking if reranker else tokenizer.embedding)(texts, max_length)
+    yes_no = tensors[model.lm_head_name][list(tokenizer.yes_no())] if reranker else None
     batch = pack(sequences, device=device)
 
     oracle = copy.deepcopy(model)
     oracle.ops = Ops.reference()
-    sides = [
-        _transformers(directory, tensors, sequences, head, dtype, device),
-        _ours(model, tensors, batch, head, dtype, int8),
-        _ours(oracle, tensors, batch, head, torch.float64),
-    ]
+    theirs = _transformers(directory, tensors, sequences, yes_no, dtype, device)
+    ours = _ours(model, tensors, batch, yes_no, dtype, int8)
+    exact = _ours(oracle, tensors, batch, yes_no, torch.float64)
+    their_ids = _transformers_ids(directory, texts, reranker, max_length)
+    different = sum(a != b for a, b in zip(sequences, their_ids, strict=True))
+    rows = [Row("token ids", different, different / len(sequences), 0, 0, ok=different == 0)]
+    rows += [_row(name, dtype, int8, theirs[name], ours[name], exact[name]) for name in theirs]
     precision = f"int8 against {dtype}" if int8 else dtype
-    title = (
-        f"{Path(path_or_id).name}, {precision}, {len(sequences)} texts, {len(batch.input_ids)} tokens, {device.type}"
-    )
-    theirs = _transformers_ids(directory, texts, reranker, max_length)
-    different = sum(a != b for a, b in zip(sequences, theirs, strict=True))
-    ids = Row("token ids", different, different / len(sequences), 0, 0, ok=different == 0)
-    return Report(title, [ids, *(_row(name, dtype, int8, *(side[name] for side in sides)) for name in sides[0])])
+    tokens = len(batch.input_ids)
+    return Report(f"{Path(path_or_id).name}, {precision}, {len(sequences)} texts, {tokens} tokens, {device.type}", rows)
+
+
+def _default_texts(reranker: bool) -> list[str]:
+    """A few real texts: prompts and texts of an embedder, or bodies of the reranker's template."""
+    documents = [*samples.DOCUMENTS, samples.LONG_DOCUMENT]
+    if reranker:
+        return [reranker_body(DEFAULT_TASK, samples.QUERIES[1], document) for document in documents]
+    return [*(embedding_query(DEFAULT_TASK) + query for query in samples.QUERIES), *documents]
 
 
 def _row(point: str, dtype: torch.dtype, int8: bool, theirs: Tensor, ours: Tensor, oracle: Tensor) -> Row:
@@ -162,18 +161,23 @@ def _row(point: str, dtype: torch.dtype, int8: bool, theirs: Tensor, ours: Tenso
 
 
 def _ours(
-    model: Qwen3Model, tensors: Tensors, batch: PackedBatch, head: Tensor | None, dtype: torch.dtype, int8: bool = False
+    model: Qwen3Model,
+    tensors: Tensors,
+    batch: PackedBatch,
+    yes_no: Tensor | None,
+    dtype: torch.dtype,
+    int8: bool = False,
 ) -> dict[str, Tensor]:
-    _stream(model, tensors, dtype, batch.input_ids.device, int8)
+    _load_on_demand(model, tensors, dtype, batch.input_ids.device, int8)
 
     def run() -> Tensor:
-        return model.embed(batch) if head is None else model.score(batch, head.to(batch.input_ids.device))
+        return model.embed(batch) if yes_no is None else model.score(batch, yes_no.to(batch.input_ids.device))
 
     with torch.no_grad():
         with capture(model, "embed", "layers.*.resid_post", "final_norm") as acts:
             run()
-        result = run()  # again, unwatched: what is fused, and the last layer for last tokens only, is compared too
-    return dict(acts) | {"pooled" if head is None else "score": result}
+        result = run()  # again, without hooks: what is fused, and the last layer for last tokens only, is compared too
+    return dict(acts) | {"pooled" if yes_no is None else "score": result}
 
 
 def _transformers_ids(directory: Path, texts: Sequence[str], reranker: bool, max_length: int) -> list[list[int]]:
@@ -184,8 +188,8 @@ def _transformers_ids(directory: Path, texts: Sequence[str], reranker: bool, max
     if not reranker:
         return tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
     prefix, suffix = (tokenizer.encode(t, add_special_tokens=False) for t in (RERANKER_PREFIX, RERANKER_SUFFIX))
-    room = max_length - len(prefix) - len(suffix)
-    bodies = tokenizer(list(texts), truncation="longest_first", max_length=room)["input_ids"]
+    longest = max_length - len(prefix) - len(suffix)
+    bodies = tokenizer(list(texts), truncation="longest_first", max_length=longest)["input_ids"]
     return [prefix + body + suffix for body in bodies]
 
 
@@ -193,7 +197,7 @@ def _transformers(
     directory: Path,
     tensors: Tensors,
     sequences: list[list[int]],
-    head: Tensor | None,
+    yes_no: Tensor | None,
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[str, Tensor]:
@@ -206,7 +210,7 @@ def _transformers(
     with torch.device("meta"):
         model = modeling_qwen3.Qwen3Model(config).eval()
     model.rotary_emb = modeling_qwen3.Qwen3RotaryEmbedding(config).to(device)
-    _stream(model, tensors, dtype, device)
+    _load_on_demand(model, tensors, dtype, device)
     ones = [torch.ones(len(s), dtype=torch.long) for s in sequences]
     mask = nn.utils.rnn.pad_sequence(ones, batch_first=True, padding_side="left").to(device)
     real = mask.bool()
@@ -220,13 +224,13 @@ def _transformers(
         module.register_forward_hook(lambda _, args, out, name=name: states.update({name: out[real]}))
     with torch.no_grad():
         last = model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state[:, -1]
-    if head is None:
+    if yes_no is None:
         return states | {"pooled": F.normalize(last, dim=1)}
-    logits = F.linear(last, head.to(last))
+    logits = F.linear(last, yes_no.to(last))
     return states | {"score": logits.log_softmax(dim=1)[:, 0].exp()}
 
 
-def _stream(model: Any, tensors: Tensors, dtype: torch.dtype, device: torch.device, int8: bool = False) -> None:
+def _load_on_demand(model: Any, tensors: Tensors, dtype: torch.dtype, device: torch.device, int8: bool = False) -> None:
     """Give each part of a model on the meta device its weights just before it runs, and take them after."""
     parts = {"embed_tokens": model.embed_tokens, "norm": model.norm}
     parts |= {f"layers.{i}": layer for i, layer in enumerate(model.layers)}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tolerances import HIDDEN_FP32
+from tolerances import HIDDEN_FP32, REORDERED_FP32
 from transformers import AutoModel
 
 from qwen3core import Embedder, InputError, Reranker, capture, edit, pack, reference
@@ -77,7 +77,7 @@ def test_per_text_is_in_the_callers_order_over_several_batches(embedder):
 
 
 def test_identity_edit_changes_no_bit(embedder):
-    with capture(embedder.model, "embed"):  # watched as well, so that nothing is left out
+    with capture(embedder.model, "embed"):  # under capture as well, so that nothing is left out
         before = embedder.encode(TEXTS, convert_to_tensor=True)
     with edit(embedder.model, {"*": lambda x: x}), edit(embedder.model, {"layers.*": lambda x: x.clone()}):
         assert torch.equal(embedder.encode(TEXTS, convert_to_tensor=True), before)
@@ -92,7 +92,7 @@ def test_edit_replaces_exactly_what_it_names(embedder):
     saved = weight.detach().clone()
     try:
         weight.data.zero_()
-        with capture(model, "embed"):  # watched as well, so that nothing is left out
+        with capture(model, "embed"):  # under capture as well, so that nothing is left out
             assert (embedder.encode(TEXTS) == edited).all()
     finally:
         weight.data.copy_(saved)
@@ -127,14 +127,14 @@ def test_a_failing_nested_edit_leaves_no_trace(embedder):
     ):
         embedder.encode(TEXTS)
     assert list(acts) == ["embed"]
-    assert embedder.model.taps.active == []
+    assert embedder.model.hooks == []
     assert (embedder.encode(TEXTS) == before).all()
 
 
 def test_unused_hooks_are_not_called(embedder):
     batch = pack([[1, 2, 3]])
-    assert embedder.model.taps.scope(batch)("any", batch.input_ids) is batch.input_ids
-    assert embedder.model.taps.scope(batch).__name__ == "_identity"
+    assert embedder.model._hook(batch)("any", batch.input_ids) is batch.input_ids
+    assert embedder.model._hook(batch).__name__ == "_identity"
 
 
 def test_gradients_flow_to_captured_points(embedder):
@@ -150,7 +150,7 @@ def test_reranker_points(reranker_dir):
     with capture(reranker.model, "pooled") as acts:
         scores = reranker.predict([("gravity", "a force"), ("bread", "flour and water, salt and time")])
     expected = reference.p_yes(torch.stack(acts.per_text("pooled")), reranker.yes_no)
-    assert (expected.detach().numpy() == scores).all()
+    assert abs(expected.detach().numpy() - scores).max() <= REORDERED_FP32
 
 
 @pytest.mark.parametrize("use", [lambda m, p: capture(m, p), lambda m, p: edit(m, {p: lambda x: x})])

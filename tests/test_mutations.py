@@ -75,8 +75,8 @@ def batches(change):
 
 
 def pooled_early(batch):
-    early = dataclasses.replace(batch.last, queries=(batch.last.queries - 1).clamp(min=0))
-    return dataclasses.replace(batch, last=early)
+    early = dataclasses.replace(batch.last_token, queries=(batch.last_token.queries - 1).clamp(min=0))
+    return dataclasses.replace(batch, last_token=early)
 
 
 def restarting_positions(batch):
@@ -84,22 +84,22 @@ def restarting_positions(batch):
     return dataclasses.replace(batch, position_ids=torch.cat([torch.arange(n) for n in lengths]))
 
 
-def head_of_another(batch):
-    """Every text behind a shared head sees the same rows, of the first."""
-    if not isinstance(batch.all.keys, torch.Tensor):
+def prefix_of_another(batch):
+    """Every text behind a shared prefix sees the same rows, of the first."""
+    if not isinstance(batch.full.keys, torch.Tensor):
         return batch
-    keys = batch.all.keys.clamp(max=int(batch.cu_seqlens[-2]))
-    return dataclasses.replace(batch, all=dataclasses.replace(batch.all, keys=keys))
+    keys = batch.full.keys.clamp(max=int(batch.cu_seqlens[-2]))
+    return dataclasses.replace(batch, full=dataclasses.replace(batch.full, keys=keys))
 
 
 def cut_after_normalise(hidden_states, cu_seqlens, dim, normalize):
     return reference.pool(hidden_states, cu_seqlens, hidden_states.shape[1], normalize)[:, :dim]
 
 
-def content(change):
+def token_ids(change):
     """Change the sequences that are embedded."""
-    right = Tokenizer.close
-    return lambda patch: patch.setattr(Tokenizer, "close", lambda self, *a: [change(s) for s in right(self, *a)])
+    right = Tokenizer.append_eos
+    return lambda patch: patch.setattr(Tokenizer, "append_eos", lambda self, *a: [change(s) for s in right(self, *a)])
 
 
 def swap_yes_no(patch):
@@ -119,9 +119,8 @@ def truncate_suffix(patch):
 def no_mlp_residual(patch):
     right = DecoderLayer.forward
 
-    def wrong(self, x, cos, sin, reach, *args):
-        out = right(self, x, cos, sin, reach, *args)
-        return out - x[reach.queries]
+    def wrong(self, x, layout, *args):
+        return right(self, x, layout, *args) - x[layout.queries]
 
     patch.setattr(DecoderLayer, "forward", wrong)
 
@@ -147,9 +146,9 @@ MUTATIONS = {
     "pooled one token early": ("embedding", batches(pooled_early)),
     "positions from 0 behind a shared prompt": ("embedding", batches(restarting_positions)),
     "positions from 0 behind a shared query": ("reranker", batches(restarting_positions)),
-    "keys of another text": ("embedding", batches(head_of_another)),
-    "EOS missing": ("embedding", content(lambda ids: ids[:-1] or ids)),
-    "EOS doubled": ("embedding", content(lambda ids: [*ids, ids[-1]])),
+    "keys of another text": ("embedding", batches(prefix_of_another)),
+    "EOS missing": ("embedding", token_ids(lambda ids: ids[:-1] or ids)),
+    "EOS doubled": ("embedding", token_ids(lambda ids: [*ids, ids[-1]])),
     "normalised before the MRL cut": ("embedding", ops(pool=cut_after_normalise)),
     "space after Query:": ("embedding", replace_text("EMBEDDING_QUERY", "Query:", "Query: ")),
     "no space after <Query>:": ("reranker", replace_text("RERANKER_BODY", "<Query>: ", "<Query>:")),

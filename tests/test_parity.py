@@ -56,9 +56,11 @@ def transformers_scores(directory, dtype, task=TASK):
     )
     suffix = tokenizer.encode("<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n", add_special_tokens=False)
     bodies = [f"<Instruct>: {task}\n<Query>: {query}\n<Document>: {document}" for query, document in PAIRS]
-    room = MAX_LENGTH - len(prefix) - len(suffix)
-    inputs = tokenizer(bodies, padding=False, truncation="longest_first", return_attention_mask=False, max_length=room)
-    assert max(map(len, inputs["input_ids"])) == room
+    longest = MAX_LENGTH - len(prefix) - len(suffix)
+    inputs = tokenizer(
+        bodies, padding=False, truncation="longest_first", return_attention_mask=False, max_length=longest
+    )
+    assert max(map(len, inputs["input_ids"])) == longest
     inputs["input_ids"] = [prefix + ids + suffix for ids in inputs["input_ids"]]
     batch = tokenizer.pad(inputs, padding=True, return_tensors="pt")
     with torch.no_grad():

@@ -27,7 +27,8 @@ PUBLISHED_LOGIT_FP32 = 1e-3  # the published test allows 1e-4 on the machine tha
 # Relative rule for operations: error against float64, as a multiple of the plain reference's in the same dtype.
 OPS_RATIO = 2
 
-# The same sums in another order, float32, relative to the norm: attention in other tiles, or put together of two parts.
+# The same sums in another order, float32, relative to the norm: attention in other tiles, or put together of two parts;
+# a product of several rows at once, or of each alone.
 REORDERED_FP32 = 1e-6
 
 # Of the largest result's norm, added to the rule for kernels. The softmax gradient of a query with one key is 0, and
