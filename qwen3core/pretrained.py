@@ -1,4 +1,4 @@
-"""What the two jobs share: an open checkpoint (model and tokenizer) and the run over batches."""
+"""What the two jobs share: an open checkpoint (model and tokenizer), and the run of many texts in batches."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .batch import KeysValues, PackedBatch, pack, plan, shared_heads, to_device
-from .config import read_json
+from .batch import PackedBatch, Prefix, pack, to_device
 from .errors import InputError, check_int
 from .model import Qwen3Model
 from .ops import Ops
+from .planning import plan, shared_prefixes
+from .prefix_cache import PrefixCache
 from .tokenizer import Tokenizer
 from .weights.checkpoint import find, load_model
 
 MAX_LENGTH = 8192
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens of a batch, unless the caller says: enough for the matrix products, and no more memory than that takes."""
-BLOCK = 1024
+TEXTS_PER_BLOCK = 1024
 """Texts that are tokenised at a time."""
 Self = TypeVar("Self", bound="Pretrained")
 A = TypeVar("A")
@@ -29,33 +30,27 @@ B = TypeVar("B")
 
 
 class Pretrained:
-    """A model with its tokenizer. Use ``Embedder`` or ``Reranker``."""
+    """A model with its tokenizer; ``Embedder`` and ``Reranker`` say how texts become sequences, and batches results.
 
-    needs_head = False
+    Threads may share one object while nobody changes its model, its options or its prompts; ``capture`` and ``edit``
+    concern the calls of all of them.
+    """
+
+    needs_lm_head = False
 
     def __init__(
-        self,
-        model: Qwen3Model,
-        tokenizer: Tokenizer,
-        *,
-        max_length: int = MAX_LENGTH,
-        keep_tokens: int = 0,
-        sentence_transformers: dict[str, Any] | None = None,
+        self, model: Qwen3Model, tokenizer: Tokenizer, *, max_length: int = MAX_LENGTH, prefix_cache_tokens: int = 0
     ) -> None:
-        """sentence_transformers: the checkpoint's parsed config_sentence_transformers.json, where it has one."""
         limit = model.config.max_position_embeddings
         check_int("max_length", max_length, 1)
-        check_int("keep_tokens", keep_tokens, 0)
+        check_int("prefix_cache_tokens", prefix_cache_tokens, 0)
         if max_length > limit and max_length != MAX_LENGTH:
             raise InputError(f"max_length: expected at most {limit}, the model's limit, found {max_length}")
         tokenizer.check_vocabulary(model.embed_tokens.num_embeddings)
         self.model = model
         self.tokenizer = tokenizer
         self.max_length = min(max_length, limit)
-        self.keep_tokens = keep_tokens
-        self.kept: dict[tuple[int, ...], KeysValues] = {}
-        """Prompts and queries that texts shared, the one used last at the end."""
-        self.sentence_transformers = sentence_transformers or {}
+        self.prefix_cache = PrefixCache(prefix_cache_tokens)
 
     @classmethod
     def from_pretrained(
@@ -68,30 +63,50 @@ class Pretrained:
         ops: str | Ops = "auto",
         max_length: int = MAX_LENGTH,
         split_special_tokens: bool = False,
-        keep_tokens: int = 0,
+        prefix_cache_tokens: int = 0,
     ) -> Self:
-        """Open a checkpoint directory, or a hub id (local cache first, downloaded otherwise).
+        """Open a checkpoint.
 
-        dtype: of the arithmetic. ``"auto"`` is the checkpoint's; but where that is bfloat16 or float16 and a CPU has no
-        instructions for bfloat16, it is float32 with the weights as stored, which is faster there and exact.
-        ``"int8"``: weights, and what they multiply, rounded to 8 bits, for CPUs; ``qwen3core parity --dtype int8``
-        shows the price. device: None is the first GPU, else the CPU. max_length: tokens per input, template included;
-        longer inputs lose content. split_special_tokens: see ``Tokenizer``. keep_tokens: keep the keys and values of
-        prompts and queries for later calls, up to so many tokens (0.6B: 0.2 MB each in float32); for weights that do
-        not change meanwhile, else ``kept.clear()``.
-        Raises CheckpointError for what is wrong with the files, InputError for the options.
+        Args:
+            path_or_id: a directory, ``"tiny-embedding"``, ``"tiny-reranker"``, or a hub id (local cache first,
+                downloaded otherwise).
+            revision: branch, tag or commit of the hub id.
+            dtype: compute dtype. ``"auto"`` is the checkpoint's; but where that is bfloat16 or float16 and a CPU has no
+                instructions for bfloat16, it is float32 with the weights as stored, which is faster there and exact.
+                ``"int8"``: weights, and what they multiply, rounded to 8 bits, for CPUs; ``qwen3core parity --dtype
+                int8`` shows the price.
+            device: None is the first GPU, else the CPU.
+            ops: a set of operations, or its name (``ops.resolve``).
+            max_length: tokens per input, template included; longer inputs lose content.
+            split_special_tokens: see ``Tokenizer``.
+            prefix_cache_tokens: size of the LRU cache of prompts' and queries' keys and values (``PrefixCache``); 0.6B
+                takes 0.2 MB a token in float32.
+
+        Raises:
+            CheckpointError: for what is wrong with the files.
+            InputError: for the options.
         """
         directory = find(path_or_id, revision=revision)
-        model = load_model(directory, dtype=dtype, device=device, ops=ops, head=cls.needs_head)
-        tokenizer = Tokenizer(directory / "tokenizer.json", split_special_tokens=split_special_tokens)
-        extra = directory / "config_sentence_transformers.json"
         return cls(
-            model,
-            tokenizer,
+            load_model(directory, dtype=dtype, device=device, ops=ops, lm_head=cls.needs_lm_head),
+            Tokenizer(directory / "tokenizer.json", split_special_tokens=split_special_tokens),
             max_length=max_length,
-            keep_tokens=keep_tokens,
-            sentence_transformers=read_json(extra) if extra.exists() else None,
+            prefix_cache_tokens=prefix_cache_tokens,
+            **cls.read_settings(directory),
         )
+
+    @classmethod
+    def read_settings(cls, directory: Path) -> dict[str, Any]:
+        """More arguments of ``__init__``, from the checkpoint's other files."""
+        return {}
+
+    def to_sequences(self, token_ids: list[list[int]]) -> list[list[int]]:
+        """Whole sequences, ready for the model, from the ids of the texts alone."""
+        raise NotImplementedError
+
+    def compute(self, batch: PackedBatch, **options: Any) -> Tensor:
+        """One result for each text of a batch: [N, ...]."""
+        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
@@ -99,7 +114,7 @@ class Pretrained:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the arithmetic."""
+        """Compute dtype."""
         return self.model.dtype or self.model.embed_tokens.weight.dtype
 
     def __repr__(self) -> str:
@@ -112,65 +127,64 @@ class Pretrained:
     def run(
         self,
         texts: Sequence[str],
-        prefixes: Sequence[tuple[int, ...]],
-        assemble: Callable[[list[list[int]]], list[list[int]]],
-        function: Callable[[PackedBatch], Tensor],
-        *shape: int,
+        prefixes: Sequence[Prefix],
+        shape: tuple[int, ...],
+        *,
         batch_tokens: int | None = None,
         show_progress_bar: bool | None = None,
+        **options: Any,
     ) -> Tensor:
-        """``function`` of every text, in batches: rows [N, *shape] float32, in the order given.
+        """``compute(batch, **options)`` of all texts, in batches: rows [N, *shape] float32, in the order given.
 
-        prefixes: for each text, ids that its sequence may begin with. assemble: the texts' ids to whole sequences.
-        Equal texts are computed once, and so is the beginning that all texts of one prefix share; but not while a
-        point is watched, so that every text is seen.
+        prefixes: for each text, ids that its sequence may begin with; what all sequences of one prefix begin with is
+        computed once.
         """
         if batch_tokens is not None:
             check_int("batch_tokens", batch_tokens, 1)
         self.tokenizer.check(texts)
-        watched = bool(self.model.taps.active)
-        first: dict[Any, int] = {}
-        same = [first.setdefault(i if watched else text, i) for i, text in enumerate(texts)]
-        distinct = list(first.values())
-        blocks = [distinct[i : i + BLOCK] for i in range(0, len(distinct), BLOCK)]
-        contents = ahead(([texts[i] for i in block] for block in blocks), self.tokenizer.encode)
+        first_equal = self._deduplicate(texts)
+        distinct = list(dict.fromkeys(first_equal))
         out = torch.empty(len(texts), *shape, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
         disable = None if show_progress_bar is None else not show_progress_bar  # None: unless on a terminal
         with torch.no_grad(), tqdm(total=len(distinct), disable=disable, delay=1, unit="text", leave=False) as bar:
-            for block, ids in zip(blocks, contents, strict=True):
-                sequences = assemble(ids)
-                self._check(block, sequences, batch_tokens)
-                heads = None if watched else shared_heads(sequences, [prefixes[i] for i in block])
-                past = self._past(heads) if heads and self.keep_tokens else None
-                for group in plan(
-                    [len(s) for s in sequences], batch_tokens or BATCH_TOKENS.get(self.device.type, 4096), heads
-                ):
-                    batch = pack(
-                        [sequences[i] for i in group],
-                        device=self.device,
-                        indices=[block[i] for i in group],
-                        heads=heads and [heads[i] for i in group],
-                        past=past,
-                    )
-                    out[to_device(torch.tensor(batch.indices), self.device)] = function(batch)
-                    bar.update(len(group))
-        return out if len(distinct) == len(texts) else out[same]
+            for batch in self._batches(texts, prefixes, distinct, batch_tokens):
+                out[to_device(torch.tensor(batch.indices), self.device)] = self.compute(batch, **options)
+                bar.update(len(batch.indices))
+        return out if len(distinct) == len(texts) else out[first_equal]
 
-    def _past(self, heads: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], KeysValues]:
-        """As many of these heads as ``keep_tokens`` allows, those of the longest time ago dropped for them."""
-        past: dict[tuple[int, ...], KeysValues] = {}
-        room = self.keep_tokens
-        for head in dict.fromkeys(heads):
-            if 0 < len(head) <= room:
-                room -= len(head)
-                if head not in self.kept:
-                    self.kept[head] = self.model.keys_values(pack([head], device=self.device))
-                past[head] = self.kept.pop(head)
-        self.kept |= past
-        for head in list(self.kept):
-            if sum(map(len, self.kept)) > self.keep_tokens:
-                del self.kept[head]
-        return past
+    def _deduplicate(self, texts: Sequence[str]) -> list[int]:
+        """For each text the index of the first one equal to it; its own, where no shortcut may be taken."""
+        if not self.model.shortcuts:
+            return list(range(len(texts)))
+        first: dict[str, int] = {}
+        return [first.setdefault(text, i) for i, text in enumerate(texts)]
+
+    def _batches(
+        self, texts: Sequence[str], prefixes: Sequence[Prefix], indices: list[int], batch_tokens: int | None
+    ) -> Iterator[PackedBatch]:
+        """Packed batches of the texts at these indices; the next block is tokenised while one is computed."""
+        blocks = [indices[i : i + TEXTS_PER_BLOCK] for i in range(0, len(indices), TEXTS_PER_BLOCK)]
+        token_ids = prefetch(([texts[i] for i in block] for block in blocks), self.tokenizer.encode)
+        for block, ids in zip(blocks, token_ids, strict=True):
+            sequences = self.to_sequences(ids)
+            self._check(block, sequences, batch_tokens)
+            yield from self._pack_block(block, sequences, [prefixes[i] for i in block], batch_tokens)
+
+    def _pack_block(
+        self, indices: list[int], sequences: list[list[int]], prefixes: list[Prefix], batch_tokens: int | None
+    ) -> Iterator[PackedBatch]:
+        """Packed batches of these sequences; what they share, where it may be shared, comes from the cache or once."""
+        shared = shared_prefixes(sequences, prefixes) if self.model.shortcuts else [()] * len(sequences)
+        cached = self.prefix_cache.get(shared, self.model)
+        limit = batch_tokens or BATCH_TOKENS.get(self.device.type, 4096)
+        for group in plan([len(ids) for ids in sequences], limit, shared):
+            yield pack(
+                [sequences[i] for i in group],
+                device=self.device,
+                indices=[indices[i] for i in group],
+                prefixes=[shared[i] for i in group],
+                prefix_kv=cached,
+            )
 
     def _check(self, indices: list[int], sequences: list[list[int]], batch_tokens: int | None) -> None:
         """Raise InputError for a sequence that the model or the batch cannot hold."""
@@ -189,11 +203,20 @@ class Pretrained:
 def stream(
     call: Callable[..., Any], inputs: Iterable[Any], *, block_size: int = 16384, **options: Any
 ) -> Iterator[Any]:
-    """``call(block, **options)`` for each block of an endless or lazy input, in order; no more than a block is held.
+    """Yield ``call(block, **options)`` for each block of an endless or lazy input, in order, holding one block.
 
-        for vectors in stream(embedder.encode_document, open("texts.txt")): ...
+    Args:
+        call: ``encode``, ``encode_query``, ``encode_document`` or ``predict``.
+        inputs: texts or pairs.
+        block_size: inputs of a block.
 
-    call: ``encode``, ``encode_query``, ``encode_document`` or ``predict``. Raises InputError, naming the block.
+    Raises:
+        InputError: naming the block.
+
+    Example:
+        >>> embedder = Embedder.from_pretrained("tiny-embedding")
+        >>> [block.shape for block in stream(embedder.encode, iter(["a", "b", "c"]), block_size=2)]
+        [(2, 256), (1, 256)]
     """
     check_int("block_size", block_size, 1)
     source, start = iter(inputs), 0
@@ -205,8 +228,8 @@ def stream(
         start += len(block)
 
 
-def ahead(blocks: Iterable[A], work: Callable[[A], B]) -> Iterator[B]:
-    """``work`` of each block, the next one's done in a thread while the caller is busy with this one's."""
+def prefetch(blocks: Iterable[A], work: Callable[[A], B]) -> Iterator[B]:
+    """Yield ``work(block)`` of each block; the next one's is done in a thread while the caller is busy with this."""
     source = iter(blocks)
     for first in source:
         result = work(first)
