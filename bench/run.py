@@ -55,7 +55,7 @@ class Setup:
         tokenizer = Tokenizer(self.embedding / "tokenizer.json")
         texts = []
         for n in lengths:
-            [ids] = tokenizer.content([" ".join(chance.choices(words, k=n))])
+            [ids] = tokenizer.encode([" ".join(chance.choices(words, k=n))])
             texts.append(tokenizer.decode(ids[: n - 1]).replace("\ufffd", ""))
         return texts, sum(map(len, tokenizer.embedding(texts, 2**31)))
 

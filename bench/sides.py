@@ -347,7 +347,7 @@ def _groups(lengths: list[int], batch_size: int | None, tokens: int, sequences: 
 def _write_gguf(directory: Path, folder: Path, gguf_type: str, reranker: bool) -> None:
     import gguf
 
-    model, tensors = open_model(directory, head=reranker)
+    model, tensors = open_model(directory, lm_head=reranker)
     config = model.config
     writer = gguf.GGUFWriter(folder / "model.gguf", "qwen3")
     writer.add_block_count(config.num_hidden_layers)

@@ -136,7 +136,7 @@ def inspect(args: argparse.Namespace) -> int:
         == prompts.RERANKER_PREFIX,
         f"the reranker's suffix is {len(suffix)} tokens that decode to its bytes": tokenizer.decode(suffix)
         == prompts.RERANKER_SUFFIX,
-        "truncation keeps prefix and suffix": cut == [*prefix, *tokenizer.content([body])[0][:8], *suffix],
+        "truncation keeps prefix and suffix": cut == [*prefix, *tokenizer.encode([body])[0][:8], *suffix],
         f"yes is token {yes} and no is token {no}": yes != no,
     }
     print("\ntokenizer")
@@ -173,7 +173,7 @@ def train(args: argparse.Namespace) -> int:
     run_training(model, task, options, args.output / "training")
     if int(os.environ.get("RANK", 0)) == 0:
         if args.lora is not None:
-            save_lora(model, args.output / "adapter", head=isinstance(opened, Reranker))
+            save_lora(model, args.output / "adapter", lm_head=isinstance(opened, Reranker))
         weights = merged_weights(model) if args.lora is not None else model.state_dict()
         rewrite(directory, args.output, weights.__getitem__)
         print(args.output)

@@ -22,13 +22,13 @@ def add_lora(model: Qwen3Model, rank: int, *, seed: int = 0) -> None:
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS), model)
 
 
-def save_lora(model: Qwen3Model, folder: Path, *, head: bool) -> None:
-    """The adapters in peft's format; for transformers' model with its ``head``, or without."""
+def save_lora(model: Qwen3Model, folder: Path, *, lm_head: bool) -> None:
+    """The adapters in peft's format; for transformers' model with its ``lm_head``, or without."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    prefix = "base_model.model.model." if head else "base_model.model."
+    prefix = "base_model.model.model." if lm_head else "base_model.model."
     adapters = get_peft_model_state_dict(model)
     save_file({prefix + name: x.contiguous() for name, x in adapters.items()}, folder / "adapter_model.safetensors")
     model.peft_config["default"].save_pretrained(folder)  # type: ignore[union-attr, index]

@@ -27,11 +27,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
 from . import losses
-from .batch import PackedBatch, pack, plan, shared_heads
+from .batch import PackedBatch, pack
 from .data import Example, read_jsonl
 from .errors import InputError, check_int
 from .losses import Groups
 from .model import Qwen3Model
+from .planning import plan, shared_prefixes
 from .prompts import DEFAULT_TASK, embedding_query, reranker_body
 from .reference import yes_minus_no
 from .tokenizer import Tokenizer
@@ -97,7 +98,7 @@ def embedding_task(
         query = [number(embedding_query(e.instruction or instruction), e.query) for e in chosen]
         groups = _groups(query, [[number("", text) for text in (e.positive, *e.negatives)] for e in chosen])
         prompts = dict.fromkeys(prompt for prompt, _ in texts)
-        prefix = dict(zip(prompts, map(tuple, tokenizer.content(list(prompts))), strict=True))
+        prefix = dict(zip(prompts, map(tuple, tokenizer.encode(list(prompts))), strict=True))
         sequences = tokenizer.embedding([prompt + text for prompt, text in texts], max_length)
         return sequences, [prefix[prompt] for prompt, _ in texts], groups
 
@@ -128,12 +129,12 @@ def reranking_task(
 
         chosen = [examples[i] for i in indices]
         groups = _groups([0] * len(chosen), [[number(e, d) for d in (e.positive, *e.negatives)] for e in chosen])
-        [start] = tokenizer.content([reranker_body(instruction, "", "")])
+        [start] = tokenizer.encode([reranker_body(instruction, "", "")])
         sequences = tokenizer.reranking(list(bodies), max_length)
         return sequences, [(*tokenizer.prefix, *start)] * len(bodies), groups
 
     def outputs(model: Qwen3Model, packed: PackedBatch) -> Tensor:
-        return model.embed(packed, normalize=False) @ yes_minus_no(model.head_rows(yes_no))
+        return model.embed(packed, normalize=False) @ yes_minus_no(model.lm_head_rows(yes_no))
 
     return Task(len(examples), batch, outputs, loss)
 
@@ -203,15 +204,17 @@ def _prepare(model: Qwen3Model, task: Task, options: Options) -> tuple[int, Call
         if len(sequences) < world:
             raise InputError(f"batch_size: expected a text for each of {world} processes, found {len(sequences)}")
         mine = list(range(rank, len(sequences), world))
-        heads = shared_heads([sequences[i] for i in mine], [prefixes[i] for i in mine])
+        shared: list[tuple[int, ...]] = [()] * len(mine)
+        if model.shortcuts:
+            shared = shared_prefixes([sequences[i] for i in mine], [prefixes[i] for i in mine])
         batches = [
             pack(
                 [sequences[mine[i]] for i in group],
                 device=device,
                 indices=[mine[i] for i in group],
-                heads=[heads[i] for i in group],
+                prefixes=[shared[i] for i in group],
             )
-            for group in plan([len(sequences[i]) for i in mine], options.batch_tokens, heads)
+            for group in plan([len(sequences[i]) for i in mine], options.batch_tokens, shared)
         ]
         rows = [torch.tensor(batch.indices, device=device) for batch in batches]
         once = len(batches) == 1

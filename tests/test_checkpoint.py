@@ -143,7 +143,7 @@ def official(tmp_path_factory):
 def test_official_layouts_load_strictly(official, name):
     directory, layout = official(name), LAYOUTS[name]
     reranker, config = "Reranker" in name, layout.config
-    model = load_model(directory, head=reranker, device="cpu")
+    model = load_model(directory, lm_head=reranker, device="cpu")
     state = model.state_dict()
     untied = reranker and not config.tie_word_embeddings
     assert len(state) == 11 * config.num_hidden_layers + 2 + untied
@@ -195,9 +195,9 @@ from qwen3core.weights.checkpoint import load_model
 def memory():
     status = Path("/proc/self/status").read_text()
     return {k: int(v) * 1024 for k, v in re.findall(r"(VmRSS|RssAnon):\\s+(\\d+)", status)}
-load_model(sys.argv[1], head=True, device="cpu")
+load_model(sys.argv[1], lm_head=True, device="cpu")
 before = memory()
-model = load_model(sys.argv[2], head=True, device="cpu")
+model = load_model(sys.argv[2], lm_head=True, device="cpu")
 after = memory()
 print(json.dumps({**{k: after[k] - before[k] for k in after}, "bytes": sum(p.nbytes for p in model.parameters())}))
 """
@@ -220,7 +220,7 @@ def test_every_form_loads_as_stored(tmp_path, kind, prefix, shards, tied):
     directory = tiny(tmp_path, kind, tied=tied, shards=shards)
     reprefix(directory, prefix)
     stored = weights_of(directory)
-    model = load_model(directory, head=kind == "reranker", device="cpu")
+    model = load_model(directory, lm_head=kind == "reranker", device="cpu")
     state = model.state_dict()
     assert len(list(directory.glob("*.safetensors"))) == shards
     assert state.keys() == stored.keys()
@@ -242,8 +242,8 @@ def test_three_shards_equal_one_file(tmp_path):
 @pytest.mark.parametrize("shards", [1, 2])
 def test_weights_are_pages_of_the_file_unless_the_dtype_changes(tmp_path, shards):
     directory = tiny(tmp_path, "reranker", tied=False, shards=shards)
-    assert all(in_files(load_model(directory, head=True, device="cpu"), directory))
-    assert not any(in_files(load_model(directory, head=True, device="cpu", dtype="float32"), directory))
+    assert all(in_files(load_model(directory, lm_head=True, device="cpu"), directory))
+    assert not any(in_files(load_model(directory, lm_head=True, device="cpu", dtype="float32"), directory))
 
 
 @pytest.mark.parametrize("claimed", [1, 151_936])
@@ -260,7 +260,7 @@ def test_a_head_that_is_not_needed_stays_on_disk(tmp_path, kind, head):
     directory = tiny(tmp_path, kind)
     extra = torch.full((3, 8), torch.nan, dtype=torch.bfloat16)
     edit_tensors(directory / SINGLE, lambda tensors: tensors.update({"lm_head.weight": extra}))
-    model = load_model(directory, head=head, device="cpu")
+    model = load_model(directory, lm_head=head, device="cpu")
     assert model.lm_head is None
     assert model.state_dict().keys() == weights_of(directory).keys() - {"lm_head.weight"}
 
@@ -552,7 +552,7 @@ def test_weights_refused(tmp_path, case):
     directory = tiny(tmp_path)
     change(directory)
     refused(lambda: load_model(directory, device="cpu"), str(directory), *parts)
-    refused(lambda: load_model(directory, device="cpu", head=True), str(directory), *parts)
+    refused(lambda: load_model(directory, device="cpu", lm_head=True), str(directory), *parts)
 
 
 def test_an_untied_reranker_needs_its_head(tmp_path):

@@ -499,7 +499,7 @@ def test_whole_model(kind, device, request):
     directory = request.getfixturevalue(f"{kind}_dir")
 
     def run(ops, dtype, device):
-        model = load_model(directory, dtype=dtype, ops=ops, device=device, head=kind == "reranker")
+        model = load_model(directory, dtype=dtype, ops=ops, device=device, lm_head=kind == "reranker")
         batch = pack([list(range(3, 20)), [5], list(range(200, 270))], device=device)
         head = (model.lm_head or model.embed_tokens).weight[[3, 4]]
         out = model.embed(batch, dim=40) if kind == "embedding" else model.score(batch, head)

@@ -78,7 +78,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     ops: str | Ops = "auto",
-    head: bool = False,
+    lm_head: bool = False,
 ) -> Qwen3Model:
     """A model with the checkpoint's weights, strictly checked; ``head`` for a reranker. Raises CheckpointError.
 
@@ -87,7 +87,7 @@ def load_model(
     file: opening costs no copy.
     """
     where = as_device(device)
-    model, tensors = open_model(directory, ops=resolve(ops, where), head=head)
+    model, tensors = open_model(directory, ops=resolve(ops, where), lm_head=lm_head)
     int8 = dtype == "int8"
     target: torch.dtype | None = as_dtype("auto" if int8 else dtype, model, tensors)
     if where.type == "cpu" and target in (torch.bfloat16, torch.float16):
@@ -117,7 +117,9 @@ def cpu_has_bfloat16() -> bool:
     return cpuinfo.exists() and bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo.read_text("utf-8")))
 
 
-def open_model(directory: str | Path, *, ops: str | Ops = "auto", head: bool = False) -> tuple[Qwen3Model, "Tensors"]:
+def open_model(
+    directory: str | Path, *, ops: str | Ops = "auto", lm_head: bool = False
+) -> tuple[Qwen3Model, "Tensors"]:
     """A model on the meta device and the tensors that fit it, strictly checked, none of them read yet."""
     config = Qwen3Config.from_file(Path(directory) / "config.json")
     tensors = Tensors(directory)
@@ -126,7 +128,9 @@ def open_model(directory: str | Path, *, ops: str | Ops = "auto", head: bool = F
     tensors.check("embed_tokens.weight", (rows, config.hidden_size))
     try:
         with torch.device("meta"):
-            model = Qwen3Model(replace(config, vocab_size=rows), ops, lm_head=head and not config.tie_word_embeddings)
+            model = Qwen3Model(
+                replace(config, vocab_size=rows), ops, lm_head=lm_head and not config.tie_word_embeddings
+            )
     except (RuntimeError, TypeError) as error:
         raise CheckpointError(f"{directory}/config.json: expected the sizes of a model, found {config}") from error
     for name, parameter in model.state_dict().items():

@@ -85,7 +85,7 @@ def distillation(corpus: Sequence[str], targets: Tensor, tokenizer: Tokenizer) -
     prompt = embedding_query(DEFAULT_TASK)
     plain = tokenizer.embedding(corpus, 128)
     asked = tokenizer.embedding([prompt + text for text in corpus[::4]], 128)
-    [prefix] = tokenizer.content([prompt])
+    [prefix] = tokenizer.encode([prompt])
 
     def batch(indices: list[int]) -> tuple[list[list[int]], list[tuple[int, ...]], Tensor]:
         sequences = [plain[i] if i % 4 else asked[i // 4] for i in indices]
