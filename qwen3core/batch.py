@@ -53,7 +53,12 @@ class VarlenLayout:
 class PackedBatch:
     """``N`` texts in ``T`` rows, one token each: shared prefixes first, then what is each text's own.
 
-    Sequence n is rows ``cu_seqlens[n]:cu_seqlens[n + 1]`` of any packed tensor.
+    Sequence n is rows ``cu_seqlens[n]:cu_seqlens[n + 1]`` of any packed tensor. Made by ``pack``.
+
+    Example:
+        >>> batch = pack([[7, 8, 1], [7, 8, 2, 3]], prefixes=[(7, 8), (7, 8)])
+        >>> batch.input_ids.tolist(), batch.position_ids.tolist(), batch.cu_seqlens.tolist()
+        ([7, 8, 1, 2, 3], [0, 1, 2, 2, 3], [0, 2, 3, 5])
     """
 
     input_ids: Tensor

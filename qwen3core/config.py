@@ -22,7 +22,16 @@ _EXPECTED = {int: "a positive integer", float: "a positive number", bool: "true 
 
 @dataclass(frozen=True)
 class Qwen3Config:
-    """Shape of a Qwen3 decoder. ``head_dim`` is independent of ``hidden_size / num_attention_heads``."""
+    """Shape of a Qwen3 decoder, fields as in config.json. ``head_dim`` does not follow from ``hidden_size``.
+
+    Raises:
+        CheckpointError: by ``from_file`` and ``from_dict``, for a field that is missing, wrong, or not supported.
+
+    Example:
+        >>> config = Qwen3Config.from_file(find("tiny-embedding") / "config.json")
+        >>> config.hidden_size, config.num_attention_heads, config.head_dim
+        (256, 4, 64)
+    """
 
     vocab_size: int
     hidden_size: int

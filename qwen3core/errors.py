@@ -8,15 +8,35 @@ from typing import Any
 
 
 class Qwen3CoreError(ValueError):
-    """Base of the family: catch this to catch all."""
+    """Base of the family: catch this to catch all.
+
+    Example:
+        >>> try:
+        ...     Embedder.from_pretrained("nowhere")
+        ... except Qwen3CoreError as error:
+        ...     print(type(error).__name__)
+        CheckpointError
+    """
 
 
 class CheckpointError(Qwen3CoreError):
-    """A checkpoint (config, safetensors, tokenizer) that is missing, broken, or not what it says."""
+    """A checkpoint (config, safetensors, tokenizer) that is missing, broken, or not what it says.
+
+    Example:
+        >>> Qwen3Config.from_dict({"model_type": "llama"})
+        Traceback (most recent call last):
+        qwen3core.errors.CheckpointError: config: model_type: expected 'qwen3', found 'llama'
+    """
 
 
 class InputError(Qwen3CoreError):
-    """A text, an option or a tensor that the call cannot serve."""
+    """A text, an option or a tensor that a call cannot take.
+
+    Example:
+        >>> pack([])
+        Traceback (most recent call last):
+        qwen3core.errors.InputError: pack: expected one or more sequences of at least one token, found lengths []
+    """
 
 
 def check_int(name: str, value: object, low: int, high: int | None = None) -> None:

@@ -98,8 +98,23 @@ class Activations(Mapping[str, Tensor]):
 def capture(model: Hookable, *patterns: str) -> Iterator[Activations]:
     """Record every point whose name matches a pattern (shell-style, ``*``), without copying or detaching.
 
-    Raises InputError for a pattern that matches no point at once, and at the end of the block for a point that
-    was never computed: the ops set fuses it away, or the model did not run.
+    Args:
+        model: whose points; every call inside the block is recorded.
+        patterns: names of ``POINTS``, or patterns of them.
+
+    Yields:
+        Tensors by name, in the shapes and the dtype of ``POINTS``; ``per_text`` splits them by text.
+
+    Raises:
+        InputError: at once for a pattern that matches no point; at the end of the block for a point that was never
+            computed: the ops set fuses it away, or the model did not run.
+
+    Example:
+        >>> embedder = Embedder.from_pretrained("tiny-embedding")
+        >>> with capture(embedder.model, "layers.0.q") as acts:
+        ...     vectors = embedder.encode(["gravity", "a violin"])
+        >>> [x.shape[1:] for x in acts.per_text("layers.0.q")]
+        [torch.Size([4, 64]), torch.Size([4, 64])]
     """
     names = _matching(model, patterns)
     acts = Activations(names)
@@ -116,10 +131,23 @@ def capture(model: Hookable, *patterns: str) -> Iterator[Activations]:
 
 @contextmanager
 def edit(model: Hookable, edits: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Replace points: each value is a function of the point's tensor that returns one of the same shape and dtype.
+    """Replace points while the block runs.
 
-    Keys are names or patterns; a point that several match passes through each in turn. Raises as ``capture``
-    does, and where a function returns anything else than asked.
+    Args:
+        model: whose points; every call inside the block is edited.
+        edits: by name or pattern of ``POINTS``, a function of the point's tensor that returns one of the same shape
+            and dtype. A point that several patterns match passes through each in turn.
+
+    Raises:
+        InputError: as ``capture`` does, and where a function returns anything else than asked.
+
+    Example:
+        >>> embedder = Embedder.from_pretrained("tiny-embedding")
+        >>> before = embedder.encode("gravity")
+        >>> with edit(embedder.model, {"layers.2.mlp_out": lambda x: 0 * x}):
+        ...     after = embedder.encode("gravity")
+        >>> bool((before == after).all())
+        False
     """
     functions: dict[str, list[Callable[[Tensor], Tensor]]] = {}
     for pattern, function in edits.items():

@@ -1,0 +1,84 @@
+"""What the documents say runs and holds: code blocks of every README, examples of public docstrings, links, lines."""
+
+import doctest
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import qwen3core
+from qwen3core.weights.find import find
+
+DOCUMENTS = [ROOT / name for name in ("README.md", "kernels/README.md", "weights/README.md", "bench/README.md")]
+README = DOCUMENTS[0].read_text("utf-8")
+
+
+def python_blocks(document):
+    """The document's Python, on small checkpoints in place of the official ones."""
+    for block in re.findall(r"```python\n(.*?)```", document.read_text("utf-8"), re.DOTALL):
+        code = block.replace("Qwen/Qwen3-Embedding-0.6B", "tiny-embedding")
+        yield code.replace("Qwen/Qwen3-Reranker-0.6B", "tiny-reranker")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_python_blocks_run_in_order(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    for code in python_blocks(document):
+        if "triton" not in code:
+            exec(compile(code, str(document), "exec"), namespace)
+    if document.parent == ROOT:
+        assert namespace["vectors"].shape == (2, 256)
+        assert namespace["scores"].shape == (2,)
+        assert len(namespace["acts"]) == namespace["embedder"].model.config.num_hidden_layers
+
+
+def test_own_kernel(tmp_path):
+    """The kernel's block is a file that runs as kernels/README.md says, and is as short as it promises."""
+    pytest.importorskip("transformers")
+    (code,) = [code for code in python_blocks(ROOT / "kernels" / "README.md") if "@triton.jit" in code]
+    assert code.count("\n") < 40
+    script = tmp_path / "my_swiglu.py"
+    script.write_text(code, "utf-8")
+    environment = os.environ | {"PYTHONPATH": f"bench{os.pathsep}."}
+    run = subprocess.run([sys.executable, script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("| ok |") >= 8
+    assert "FAIL" not in run.stdout
+    assert "'my_swiglu': {'p20'" in run.stdout
+
+
+@pytest.mark.parametrize("name", qwen3core.__all__)
+def test_public_docstrings_have_an_example_that_runs(name):
+    docstring = getattr(qwen3core, name).__doc__
+    test = doctest.DocTestParser().get_doctest(docstring, vars(qwen3core) | {"find": find} | NAMES, name, None, 0)
+    assert test.examples
+    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test)
+    assert result.failed == 0, name
+
+
+NAMES = {"reference": qwen3core.ops.reference, "replace": qwen3core.ops.replace}
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / ".github" / "CONTRIBUTING.md"], ids=str)
+def test_links_lead_somewhere(document):
+    text = re.sub(r"```.*?```", "", document.read_text("utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.*)$", target.read_text("utf-8"), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], link
+
+
+def test_the_readme_is_short_and_counts_lines_right():
+    assert README.count("\n") <= 150
+    rows = re.findall(r"^\| \[[^\]]+\]\(([^)]+\.py)\).*?\| (\d+) \|", README, re.MULTILINE)
+    assert len(rows) > 10
+    for file, lines in rows:
+        assert abs((ROOT / file).read_text("utf-8").count("\n") - int(lines)) <= 0.1 * int(lines), file
