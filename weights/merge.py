@@ -9,7 +9,8 @@ from torch import Tensor
 
 from qwen3core.errors import InputError
 
-from .checkpoint import open_model, rewrite
+from .build import open_model
+from .tensors import rewrite
 
 
 def merge(
@@ -21,9 +22,9 @@ def merge(
 ) -> None:
     """Write the merger of checkpoints, with the files of the first one.
 
-    weights: the share of each, equal by default. Tensors are merged along the great circle between two (``slerp``), of
-    more than two one after the other, as the series was (arXiv:2506.05176, section 3.3); with ``linear``, by
-    weighted mean. Raises InputError and CheckpointError.
+    weights: the share of each, equal by default. Two tensors are merged by ``slerp``, a third into their result, and so
+    on, as the model series was (arXiv:2506.05176, section 3.3). linear: the weighted mean instead.
+    Raises InputError for the options, CheckpointError for checkpoints of different shapes.
     """
     if len(directories) < 2:
         raise InputError(f"merge: expected two or more checkpoints, found {len(directories)}")
@@ -47,8 +48,10 @@ def merge(
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """From a (t = 0) to b (t = 1), float32: ``(sin((1 - t) w) a + sin(t w) b) / sin(w)``, w the angle between them,
-    each read as one vector. (Shoemake 1985.) Where the angle is as good as 0 or 180 degrees, linear.
+    """Interpolate from a (t = 0) to b (t = 1) along the great circle between them (slerp, Shoemake 1985), float32.
+
+    ``(sin((1 - t) w) a + sin(t w) b) / sin(w)``, where w is the angle between the tensors, each read as one vector.
+    Linear where w is within 1e-6 of 0 or 180 degrees, in which no great circle is defined.
     """
     dot, aa, bb = ((x * y).sum(-1, dtype=torch.float64).sum().item() for x, y in ((a, b), (a, a), (b, b)))
     angle = math.acos(max(-1.0, min(1.0, dot / math.sqrt(aa * bb)))) if aa and bb else 0.0

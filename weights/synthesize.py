@@ -20,12 +20,12 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from torch import Tensor
 
 from qwen3core import prompts
-from qwen3core.config import Qwen3Config
+from qwen3core.config import OFFICIAL_SIZES, Qwen3Config
 from qwen3core.errors import InputError
 from qwen3core.model import Qwen3Model
 from qwen3core.tokenizer import Tokenizer
 
-from .checkpoint import DTYPES, INDEX, SINGLE
+from .tensors import INDEX, SAFETENSORS_DTYPES, SINGLE
 
 
 @dataclass(frozen=True)
@@ -37,24 +37,18 @@ class Layout:
     shards: int = 1
 
 
-def _layouts() -> dict[str, Layout]:
-    def config(v: int, h: int, i: int, layers: int, hq: int, hkv: int, positions: int, tied: bool) -> Qwen3Config:
-        return Qwen3Config(v, h, i, layers, hq, hkv, positions, 1e6, tie_word_embeddings=tied, dtype="bfloat16")
-
-    # vocabulary, hidden size, intermediate size, layers, query heads, key heads, positions
-    return {
-        "Qwen3-Embedding-small": Layout(config(0, 64, 160, 4, 4, 2, 32768, tied=True), "embedding"),
-        "Qwen3-Reranker-small": Layout(config(0, 64, 160, 4, 4, 2, 40960, tied=True), "reranker"),
-        "Qwen3-Embedding-0.6B": Layout(config(151669, 1024, 3072, 28, 16, 8, 32768, tied=True), "embedding"),
-        "Qwen3-Reranker-0.6B": Layout(config(151669, 1024, 3072, 28, 16, 8, 40960, tied=True), "reranker"),
-        "Qwen3-Embedding-4B": Layout(config(151665, 2560, 9728, 36, 32, 8, 40960, tied=True), "embedding", 2),
-        "Qwen3-Reranker-4B": Layout(config(151669, 2560, 9728, 36, 32, 8, 40960, tied=True), "reranker", 2),
-        "Qwen3-Embedding-8B": Layout(config(151665, 4096, 12288, 36, 32, 8, 40960, tied=False), "embedding", 4),
-        "Qwen3-Reranker-8B": Layout(config(151669, 4096, 12288, 36, 32, 8, 40960, tied=False), "reranker", 5),
-    }
-
-
-LAYOUTS = _layouts()
+SMALL = Qwen3Config(0, 64, 160, 4, 4, 2, 40960, 1e6, tie_word_embeddings=True, dtype="bfloat16")
+LAYOUTS = {
+    "Qwen3-Embedding-small": Layout(replace(SMALL, max_position_embeddings=32768), "embedding"),
+    "Qwen3-Reranker-small": Layout(SMALL, "reranker"),
+    "Qwen3-Embedding-0.6B": Layout(replace(OFFICIAL_SIZES["0.6B"], max_position_embeddings=32768), "embedding"),
+    "Qwen3-Reranker-0.6B": Layout(OFFICIAL_SIZES["0.6B"], "reranker"),
+    "Qwen3-Embedding-4B": Layout(replace(OFFICIAL_SIZES["4B"], vocab_size=151665), "embedding", shards=2),
+    "Qwen3-Reranker-4B": Layout(OFFICIAL_SIZES["4B"], "reranker", shards=2),
+    "Qwen3-Embedding-8B": Layout(replace(OFFICIAL_SIZES["8B"], vocab_size=151665), "embedding", shards=4),
+    "Qwen3-Reranker-8B": Layout(OFFICIAL_SIZES["8B"], "reranker", shards=5),
+}
+"""The official repositories, and two small ones whose vocabulary is their tokenizer's."""
 
 
 def synthesize(
@@ -122,39 +116,49 @@ def _write_weights(directory: Path, layout: Layout, seed: int | None) -> None:
     """Each shard as a header and then tensor after tensor: constant memory at any size, holes where seed is None."""
     reranker = layout.kind == "reranker"
     with torch.device("meta"):
-        head = reranker and not layout.config.tie_word_embeddings
-        parameters = Qwen3Model(layout.config, "reference", lm_head=head).state_dict()
-    dtype = getattr(torch, layout.config.dtype or "float32")
-    code = next(key for key, value in DTYPES.items() if value == dtype)
+        lm_head = reranker and not layout.config.tie_word_embeddings
+        parameters = Qwen3Model(layout.config, "reference", lm_head=lm_head).state_dict()
     total = sum(p.numel() for p in parameters.values())
     shards: list[dict[str, Tensor]] = [{} for _ in range(layout.shards)]
     done = 0
     for name, parameter in parameters.items():
         shards[done * layout.shards // total][name] = parameter
         done += parameter.numel()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = SINGLE if layout.shards == 1 else f"model-{number:05d}-of-{layout.shards:05d}.safetensors"
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name, parameter in shard.items():
-            key = f"model.{name}" if reranker and name != "lm_head.weight" else name
-            start, end = end, end + parameter.numel() * dtype.itemsize
-            header[key] = {"dtype": code, "shape": list(parameter.shape), "data_offsets": [start, end]}
-            weight_map[key] = file
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with (directory / file).open("wb") as out:
-            out.write(struct.pack("<Q", len(text)) + text)
-            if seed is None:
-                out.truncate(8 + len(text) + end)
-                continue
-            for name, parameter in shard.items():
-                weight = _weight(name, parameter.shape, seed, layout.config).to(dtype)
-                out.write(weight.view(torch.uint8).numpy().data)
+        keys = {name: f"model.{name}" if reranker and name != "lm_head.weight" else name for name in shard}
+        weight_map |= dict.fromkeys(keys.values(), file)
+        _write_shard(directory / file, shard, keys, layout.config, seed)
     if layout.shards > 1:
-        index = {"metadata": {"total_size": total * dtype.itemsize}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": total * _dtype(layout.config).itemsize}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shard(
+    path: Path, shard: dict[str, Tensor], keys: dict[str, str], config: Qwen3Config, seed: int | None
+) -> None:
+    dtype = _dtype(config)
+    code = next(key for key, value in SAFETENSORS_DTYPES.items() if value == dtype)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, parameter in shard.items():
+        start, end = end, end + parameter.numel() * dtype.itemsize
+        header[keys[name]] = {"dtype": code, "shape": list(parameter.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        if seed is None:
+            out.truncate(8 + len(text) + end)
+            return
+        for name, parameter in shard.items():
+            weight = _weight(name, parameter.shape, seed, config).to(dtype)
+            out.write(weight.view(torch.uint8).numpy().data)
+
+
+def _dtype(config: Qwen3Config) -> torch.dtype:
+    return getattr(torch, config.dtype or "float32")
 
 
 def _weight(name: str, shape: torch.Size, seed: int, config: Qwen3Config) -> Tensor:

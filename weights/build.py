@@ -1,0 +1,61 @@
+"""Build a model for a checkpoint: on the meta device, strictly checked, then its tensors assigned, memory-mapped."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from qwen3core.config import Qwen3Config
+from qwen3core.errors import CheckpointError
+from qwen3core.model import Qwen3Model
+from qwen3core.ops import Ops, resolve
+
+from .precision import as_device, choose, quantize
+from .tensors import Tensors
+
+
+def load_model(
+    directory: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    ops: str | Ops = "auto",
+    lm_head: bool = False,
+) -> Qwen3Model:
+    """A model with the checkpoint's weights, in eval mode; every key, shape and dtype is checked.
+
+    directory: as ``find`` gives it. dtype: a torch dtype or its name; ``"auto"`` is config.json's, else the tensors'.
+    What ``"auto"``, bfloat16, float16 and ``"int8"`` mean on a CPU: see ``Pretrained.from_pretrained``. device: None is
+    the first GPU, else the CPU. lm_head: load an untied output matrix too, as rerankers need it. Where dtype and device
+    keep the tensors as stored, they are pages of the file: opening copies nothing.
+    Raises CheckpointError for what is wrong with the files, InputError for the options.
+    """
+    where = as_device(device)
+    model, tensors = open_model(directory, ops=resolve(ops, where), lm_head=lm_head)
+    target, model.dtype = choose(dtype, where, model, tensors)
+    model.load_state_dict({name: tensors[name].to(where, target) for name in model.state_dict()}, assign=True)
+    if dtype == "int8":
+        quantize(model)
+    return model
+
+
+def open_model(directory: str | Path, *, ops: str | Ops = "auto", lm_head: bool = False) -> tuple[Qwen3Model, Tensors]:
+    """A model on the meta device and the tensors that fit it, strictly checked, none of them read yet.
+
+    Raises CheckpointError.
+    """
+    config = Qwen3Config.from_file(Path(directory) / "config.json")
+    tensors = Tensors(directory)
+    tensors.require_layers(config.num_hidden_layers)
+    rows, *_ = tensors.shape("embed_tokens.weight") or (0,)  # the tensor is right; config.json may be padded
+    tensors.check("embed_tokens.weight", (rows, config.hidden_size))
+    untied = lm_head and not config.tie_word_embeddings
+    try:
+        with torch.device("meta"):
+            model = Qwen3Model(replace(config, vocab_size=rows), ops, lm_head=untied)
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{directory}/config.json: expected the sizes of a model, found {config}") from error
+    for name, parameter in model.state_dict().items():
+        tensors.check(name, tuple(parameter.shape))
+    tensors.check_none_left(model.state_dict())
+    return model.eval(), tensors
