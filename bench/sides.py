@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from qwen3core import Embedder, Reranker, Tokenizer
 from qwen3core.prompts import DEFAULT_TASK, NO, RERANKER_BODY, RERANKER_PREFIX, RERANKER_SUFFIX, YES, reranker_body
-from qwen3core.weights.checkpoint import open_model
+from qwen3core.weights.build import open_model
 
 Embed = Callable[..., np.ndarray]
 """(texts, batch_size=None) to unit vectors, float32 [n, H]. No prompt is added. None is the side's default; qwen3core,

@@ -13,7 +13,7 @@ from .ops import Ops
 from .pretrained import stream
 from .reranker import Reranker
 from .tokenizer import Tokenizer
-from .weights.checkpoint import load_model
+from .weights.build import load_model
 
 __all__ = [
     "CheckpointError",

@@ -27,7 +27,10 @@ from .model import Qwen3Model
 from .ops import Ops, resolve
 from .prompts import DEFAULT_TASK, RERANKER_PREFIX, RERANKER_SUFFIX, embedding_query, reranker_body
 from .tokenizer import Tokenizer
-from .weights.checkpoint import Tensors, as_device, as_dtype, find, is_embedding, open_model, quantize
+from .weights.build import open_model
+from .weights.find import find, is_embedding
+from .weights.precision import as_device, as_dtype, quantize
+from .weights.tensors import Tensors
 
 FP32_TOLERANCE = 1e-5
 """float32: largest relative difference of a layer, largest absolute one of vectors and scores. transformers' own

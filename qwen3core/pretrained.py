@@ -17,7 +17,8 @@ from .ops import Ops
 from .planning import plan, shared_prefixes
 from .prefix_cache import PrefixCache
 from .tokenizer import Tokenizer
-from .weights.checkpoint import find, load_model
+from .weights.build import load_model
+from .weights.find import find
 
 MAX_LENGTH = 8192
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
