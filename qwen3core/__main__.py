@@ -1,5 +1,5 @@
 """``python -m qwen3core``: the command, from a checkout that is not installed."""
 
-from .cli import main
+from .commands import main
 
 raise SystemExit(main())

@@ -12,7 +12,7 @@ import torch
 from tolerances import CANCELLED, OPS_RATIO, REORDERED_FP32
 
 from qwen3core import InputError, Ops, capture, edit, load_model, pack, reference
-from qwen3core.cli import main
+from qwen3core.commands import main
 from qwen3core.kernels import launch
 from qwen3core.kernels.attention import CONFIGS, attention, attention_backward, merge
 from qwen3core.kernels.pooling import norm_pool, norm_score

@@ -8,13 +8,13 @@
 of several positives is an example of each.
 """
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from ..errors import InputError
+from ..jsonl import read_jsonl
 
 SHOWN = 10
 """Broken rows that an error names."""
@@ -22,6 +22,8 @@ SHOWN = 10
 
 @dataclass(frozen=True)
 class Example:
+    """A query with a text that answers it and texts that do not; instruction: the task, if it has its own."""
+
     query: str
     positive: str
     negatives: tuple[str, ...] = ()
@@ -29,7 +31,7 @@ class Example:
 
 
 def read_examples(paths: Sequence[str | Path]) -> list[Example]:
-    """All examples of the files, in order. Raises InputError that names file, line and reason of broken rows."""
+    """All examples of the files, in order. Raises InputError that names file, line and reason of the broken rows."""
     examples: list[Example] = []
     broken: list[str] = []
     for path in paths:
@@ -44,34 +46,6 @@ def read_examples(paths: Sequence[str | Path]) -> list[Example]:
     if not examples:
         raise InputError(f"{', '.join(map(str, paths))}: expected rows with query and response, found none")
     return examples
-
-
-def read_jsonl(path: str | Path, broken: list[str] | None = None) -> Iterator[tuple[Any, str]]:
-    """(row, "file, line n") of every line that is not blank; what is not JSON goes to ``broken``, else is raised."""
-    # Not splitlines: U+2028 and its like are part of a text.
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            try:
-                yield parse_json(line, where), where
-            except InputError as error:
-                if broken is None:
-                    raise
-                broken.append(str(error))
-
-
-def read_text(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#x}") from error
-
-
-def parse_json(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: expected JSON, found {line[:80]!r}") from error
 
 
 def _examples(row: Any) -> list[Example]:
@@ -95,7 +69,7 @@ def _examples(row: Any) -> list[Example]:
 
 
 def _messages(messages: Any, name: str) -> tuple[str | None, str]:
-    """The system's text, if any, and the other's."""
+    """The system message's text, if there is one, and the other message's."""
     found: dict[bool, str] = {}
     for message in _list(messages, name):
         if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):

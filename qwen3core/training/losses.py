@@ -13,16 +13,16 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Groups:
-    """Which rows of the outputs belong together; equal texts are one row."""
+    """Which rows of the outputs belong together; equal texts are one row. All int64."""
 
     query: Tensor
-    """[B] int64; unused for pairs."""
+    """Rows of the queries [B]; unused for pairs."""
     positive: Tensor
-    """[B]"""
+    """Rows of their positives [B]."""
     negative: Tensor
-    """[M]"""
+    """Rows of the hard negatives [M]."""
     owner: Tensor
-    """[M], the query, by its number in B, of each negative."""
+    """The query of each negative [M], from 0 to B - 1."""
 
     def to(self, device: torch.device) -> "Groups":
         return Groups(*(getattr(self, field.name).to(device) for field in fields(self)))
@@ -31,10 +31,11 @@ class Groups:
 def info_nce(vectors: Tensor, groups: Groups, *, temperature: float, margin: float) -> Tensor:
     """-log of the positive's share among a query's candidates; vectors [n, D] of unit length to a scalar.
 
-    Candidates of query i: its positive, its hard negatives, and in the batch every other positive, every other query,
-    and, of its positive, every other positive (Qwen3 Embedding, arXiv:2506.05176, section 3.1). One is left out as
-    probably no negative where it scores more than ``margin`` above the positive, is the same text as query or positive,
-    or belongs to the same query.
+    Candidates of query i, by cosine: its positive, its hard negatives, every other query and every other positive of
+    the batch; and every other positive compared with its own one (Qwen3 Embedding, arXiv:2506.05176, section 3.1). A
+    candidate is left out as probably no negative where its cosine exceeds the positive's by more than ``margin``, where
+    it is the same text as the query or the positive, or where it belongs to the same query. The logits of the softmax
+    are cosines divided by ``temperature``.
     """
     q, p, n = vectors[groups.query], vectors[groups.positive], vectors[groups.negative]
     own = (q * p).sum(-1, keepdim=True)
@@ -56,13 +57,13 @@ def matryoshka(outputs: Tensor, groups: Groups, *, dims: Sequence[int], temperat
 
 
 def pointwise(logits: Tensor, groups: Groups) -> Tensor:
-    """-log P(right answer), yes for positives and no for negatives; logits [n] are of yes minus no."""
+    """-log P(right answer), mean over all pairs: yes for positives, no for negatives; logits [n] of yes minus no."""
     labels = torch.cat([torch.ones_like(logits[groups.positive]), torch.zeros_like(logits[groups.negative])])
     return F.binary_cross_entropy_with_logits(torch.cat([logits[groups.positive], logits[groups.negative]]), labels)
 
 
 def listwise(logits: Tensor, groups: Groups) -> Tensor:
-    """-log of the positive's share, by softmax of yes-minus-no logits [n], among itself and its own negatives."""
+    """-log of the positive's share, by softmax of yes-minus-no logits [n], among it and its own negatives."""
     own, others = logits[groups.positive], logits[groups.negative]
     row = torch.arange(len(own), device=own.device)[:, None]
     candidates = others.expand(len(own), -1).masked_fill(groups.owner != row, -torch.inf)

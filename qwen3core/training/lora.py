@@ -5,25 +5,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .errors import InputError, check_int
-from .model import Qwen3Model
+from ..errors import InputError, check_int
+from ..model import Qwen3Model
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def add_lora(model: Qwen3Model, rank: int, *, seed: int = 0) -> None:
-    """Put adapters into the model, which then are its only parameters that require gradients. Raises InputError."""
+    """Put adapters into the model, which then are its only parameters that require gradients.
+
+    rank: of each adapter's two matrices; they count twice (alpha = 2 rank). seed: of their first values.
+    Raises InputError, also where peft is not installed.
+    """
     check_int("lora", rank, 1)
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise InputError(f"lora: expected the package peft (pip install peft), found that {error}") from error
+        raise InputError(f"peft is not installed: pip install peft ({error})") from error
     torch.manual_seed(seed)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS), model)
 
 
 def save_lora(model: Qwen3Model, folder: Path, *, lm_head: bool) -> None:
-    """The adapters in peft's format; for transformers' model with its ``lm_head``, or without."""
+    """Write the adapters in peft's format; lm_head: for transformers' model that has one, not for the bare decoder."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -35,7 +39,7 @@ def save_lora(model: Qwen3Model, folder: Path, *, lm_head: bool) -> None:
 
 
 def merged_weights(model: Qwen3Model) -> dict[str, Tensor]:
-    """The model's weights with the adapters added, under the checkpoint's names."""
+    """Add the adapters to the model's weights, in place; the weights under the checkpoint's names."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for module in model.modules():

@@ -1,0 +1,33 @@
+"""The qwen3core command: a file per group of commands, which registers its arguments beside its functions.
+
+A group has ``register(commands)``. Its functions take the parsed arguments and give the exit status.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from ..errors import Qwen3CoreError
+from . import checkpoints, run, training
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; the exit status is 0, 1 (a check failed) or 2 (bad input, said on stderr)."""
+    parser = argparse.ArgumentParser(
+        prog="qwen3core", description="Qwen3-Embedding and Qwen3-Reranker in plain PyTorch."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for group in (run, training, checkpoints):
+        group.register(commands)
+    args = parser.parse_args(argv)
+    warnings.formatwarning = lambda message, *_, **__: f"qwen3core: {message}\n"
+    try:
+        return args.run(args)
+    except BrokenPipeError:  # the reader has gone, as ``| head`` does: nothing more to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (Qwen3CoreError, OSError) as error:
+        print(f"qwen3core: {error}", file=sys.stderr)
+        return 2

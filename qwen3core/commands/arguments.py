@@ -1,0 +1,60 @@
+"""What commands have in common: a command's parser, the options of an open model, and checks before any work."""
+
+import argparse
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import InputError
+from ..pretrained import MAX_LENGTH, Pretrained
+
+Commands = Any  # argparse's own type of ``add_subparsers`` is private
+Opened = TypeVar("Opened", bound=Pretrained)
+
+
+def add_command(
+    commands: Commands, name: str, function: Callable[[argparse.Namespace], int], text: str, *, model: bool = True
+) -> argparse.ArgumentParser:
+    """The parser of a new command; ``model`` gives it a checkpoint as its first argument."""
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=function)
+    if model:
+        parser.add_argument("model", metavar="MODEL", help="checkpoint directory or hub id")
+        parser.add_argument("--revision", help="branch, tag or commit of the hub id")
+    return parser
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, ...; by default the first GPU where there is one")
+    parser.add_argument("--ops", default="auto", help="auto, reference, torch, prepacked or triton")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, int8")
+    add_device(parser)
+    parser.add_argument("--max-length", type=int, default=MAX_LENGTH, help="tokens per input, template included")
+
+
+def add_split_special_tokens(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--split-special-tokens", action="store_true", help="read <|im_end|> and the like as plain text"
+    )
+
+
+def open_pretrained(kind: type[Opened], args: argparse.Namespace) -> Opened:
+    """The checkpoint that the arguments name, with their options."""
+    names = ("revision", "dtype", "device", "ops", "max_length", "split_special_tokens")
+    return kind.from_pretrained(args.model, **{name: getattr(args, name) for name in names})
+
+
+def require(package: str, module: str) -> None:
+    """Raise InputError where an optional package is not installed."""
+    if not importlib.util.find_spec(module):
+        raise InputError(f"{package} is not installed: pip install {package}")
+
+
+def require_new(directory: Path) -> None:
+    """Raise InputError where a directory has files in it."""
+    if directory.exists() and any(directory.iterdir()):
+        raise InputError(f"{directory}: expected a new or an empty directory, found files in it")

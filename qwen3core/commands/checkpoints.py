@@ -1,0 +1,95 @@
+"""Checkpoints as such: inspect, parity, synthesize, merge."""
+
+import argparse
+import math
+import warnings
+from pathlib import Path
+
+from .. import parity, prompts
+from ..tokenizer import Tokenizer
+from ..weights import merge, synthesize
+from ..weights.build import open_model
+from ..weights.find import find
+from .arguments import Commands, add_command, add_model_options, require, require_new
+from .files import read_inputs, text_of
+
+
+def register(commands: Commands) -> None:
+    parser = add_command(commands, "parity", compare, "compare with transformers, layer by layer")
+    parser.add_argument("--inputs", nargs="+", default=[], metavar="INPUT", help="texts to compare on, as for embed")
+    parser.add_argument("--kind", default="auto", choices=("auto", "embedding", "reranker"))
+    add_model_options(parser)
+    add_command(commands, "inspect", inspect, "configuration, tensors and tokenizer self-check")
+    about = "write a checkpoint with random weights in the official layout"
+    parser = add_command(commands, "synthesize", write_random, about, model=False)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--layout", default="Qwen3-Embedding-small", help="such as Qwen3-Reranker-0.6B")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json; a small one is built otherwise")
+    parser = add_command(commands, "merge", write_merged, "one checkpoint out of several of one shape", model=False)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="checkpoint directories or hub ids")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="a new directory")
+    parser.add_argument("--weights", type=float, nargs="+", help="the share of each; equal by default")
+    parser.add_argument("--linear", action="store_true", help="weighted mean, in place of slerp")
+
+
+def compare(args: argparse.Namespace) -> int:
+    require("transformers", "transformers")
+    texts = [text_of(row, "text", where) for row, where in read_inputs(args.inputs)]
+    options = {name: getattr(args, name) for name in ("revision", "kind", "dtype", "ops", "device", "max_length")}
+    report = parity.parity(args.model, texts=texts or None, **options)
+    print(report)
+    print(f"\n{'Equal within tolerance.' if report.ok else 'NOT equal within tolerance.'}")
+    return 0 if report.ok else 1
+
+
+def inspect(args: argparse.Namespace) -> int:
+    directory = find(args.model, revision=args.revision)
+    model, tensors = open_model(directory)
+    print(directory, *(f"  {name}: {value}" for name, value in vars(model.config).items()), sep="\n")
+    parameters = sum(math.prod(tensors.shape(name)) for name in tensors)
+    print(f"\n{len(list(tensors))} tensors, {parameters:,} parameters; layers 1 and up repeat the shapes of layer 0:")
+    for name in tensors:
+        if not name.startswith("layers.") or name.startswith("layers.0."):
+            print(f"  {name:44} {tensors.dtype(name).removeprefix('torch.'):9} {list(tensors.shape(name))}")
+    tokenizer = Tokenizer(directory / "tokenizer.json")
+    tokenizer.check_vocabulary(model.config.vocab_size)
+    checks = check_tokenizer(tokenizer)
+    print("\ntokenizer")
+    for what, right in checks.items():
+        print(f"  {'ok  ' if right else 'FAIL'} {what}")
+    return 0 if all(checks.values()) else 1
+
+
+def check_tokenizer(tokenizer: Tokenizer) -> dict[str, bool]:
+    """Conventions that a tokenizer must follow for either job, in words, and whether it does."""
+    prefix, suffix = tokenizer.prefix, tokenizer.suffix
+    embedding = tokenizer.embedding(["gravity"], max_length=8192)[0]
+    body = "gravity " * 40
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cut = tokenizer.reranking([body], max_length=len(prefix) + 8 + len(suffix))[0]
+    yes, no = tokenizer.yes_no()
+    return {
+        f"{prompts.EOS} ({tokenizer.eos}) closes an embedding input exactly once": embedding[-1] == tokenizer.eos
+        and embedding.count(tokenizer.eos) == 1,
+        f"the reranker's prefix is {len(prefix)} tokens that decode to its bytes": tokenizer.decode(prefix)
+        == prompts.RERANKER_PREFIX,
+        f"the reranker's suffix is {len(suffix)} tokens that decode to its bytes": tokenizer.decode(suffix)
+        == prompts.RERANKER_SUFFIX,
+        "truncation keeps prefix and suffix": cut == [*prefix, *tokenizer.encode([body])[0][:8], *suffix],
+        f"yes is token {yes} and no is token {no}": yes != no,
+    }
+
+
+def write_random(args: argparse.Namespace) -> int:
+    require_new(args.directory)
+    print(synthesize.synthesize(args.directory, args.layout, seed=args.seed, tokenizer=args.tokenizer))
+    return 0
+
+
+def write_merged(args: argparse.Namespace) -> int:
+    require_new(args.output)
+    merge.merge([find(m) for m in args.models], args.output, weights=args.weights, linear=args.linear)
+    print(args.output)
+    return 0

@@ -1,0 +1,6 @@
+"""Quality: rank correlation on pairs of sentences; nDCG@10 and recall on a retrieval set, also after reranking."""
+
+from .files import Pair, Retrieval, read_retrieval, read_sts
+from .measures import measure, rerank, search, sts
+
+__all__ = ["Pair", "Retrieval", "measure", "read_retrieval", "read_sts", "rerank", "search", "sts"]

@@ -1,0 +1,138 @@
+"""The training loop: AdamW over cached gradients, resumed where it was interrupted."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+
+from ..errors import InputError, check_int
+from ..model import Qwen3Model
+from .cached_gradients import CachedGradients
+from .files import RunFiles
+from .tasks import Task
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to train."""
+
+    epochs: float = 1.0
+    batch_size: int = 32
+    """Examples of one step, over all processes."""
+    batch_tokens: int = 8192
+    """Tokens computed at a time."""
+    learning_rate: float = 1e-5
+    """Peak rate, reached after the warm-up; it then falls as half a cosine, to 0 at the end."""
+    warmup: float = 0.05
+    """Share of the steps."""
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    bfloat16: bool = False
+    """Matrix products in bfloat16, by autocast; weights, sums and norms stay float32."""
+    recompute: bool = False
+    """Store each layer's input alone, and compute the rest again for the gradients: less memory, a third more time."""
+    save_every: int = 500
+    """Steps between states to resume from."""
+    seed: int = 0
+
+
+def train(model: Qwen3Model, task: Task, options: Options, folder: str | Path) -> None:
+    """Train, in place, those parameters of ``model`` that require gradients; they are float32.
+
+    In ``folder``: ``loss.jsonl``, a row a step; ``loss.png`` where matplotlib is; and ``state.pt`` until the end, from
+    which the same call goes on after a kill, on one machine with the same result to the bit. Raises InputError, also
+    where the state is of another training, or the loss is no longer finite.
+    """
+    for name in ("batch_size", "batch_tokens", "save_every"):
+        check_int(name, getattr(options, name), 1)
+    parameters = _trained(model)
+    steps = max(1, round(options.epochs * task.size / options.batch_size))
+    gradients = CachedGradients(model, task, options.batch_tokens, bfloat16=options.bfloat16)
+    first_process = gradients.rank == 0
+    optimizer = torch.optim.AdamW(parameters.values(), weight_decay=options.weight_decay, fused=True)
+    identity = {"examples": task.size, "parameters": len(parameters), **asdict(options)}
+    files = RunFiles(Path(folder), identity, writes=first_process)
+    first = files.resume(parameters, optimizer)
+    disable = None if first_process else True  # None: unless on a terminal
+    with deterministic(model), recomputing(model) if options.recompute else nullcontext():
+        bar = tqdm(range(first, steps), initial=first, total=steps, unit="step", disable=disable)
+        for step in bar:
+            loss, tokens = gradients.compute(_examples(step, task.size, options))
+            if not math.isfinite(loss):
+                raise InputError(
+                    f"learning_rate {options.learning_rate}: expected a finite loss, found {loss} at {step=}"
+                )
+            norm = nn.utils.clip_grad_norm_(parameters.values(), options.max_grad_norm).item()
+            rate = options.learning_rate * _schedule(step, steps, options.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.set_postfix(loss=f"{loss:.4f}")
+            files.log({"step": step, "loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": tokens})
+            if (step + 1) % options.save_every == 0 and step + 1 < steps:
+                files.save(step + 1, parameters, optimizer)
+    files.finish()
+
+
+def _trained(model: Qwen3Model) -> dict[str, nn.Parameter]:
+    """The parameters that require gradients. Raises InputError unless there are some and they are float32."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    wrong = [name for name, p in parameters.items() if p.dtype != torch.float32]
+    if wrong or not parameters:
+        raise InputError(f"train: expected float32 parameters that require gradients, found {wrong[:3] or 'none'}")
+    return parameters
+
+
+@contextmanager
+def deterministic(model: Qwen3Model) -> Iterator[None]:
+    """Have gradients of rows that are used twice summed in one order: on a CPU, the same bits again."""
+    before = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=model.embed_tokens.weight.is_cuda)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+
+
+@contextmanager
+def recomputing(model: Qwen3Model) -> Iterator[None]:
+    """Have each layer store only its input for the gradients."""
+    for layer in model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in model.layers:
+            del layer.forward
+
+
+def _schedule(step: int, steps: int, warmup: float) -> float:
+    """Share of the peak learning rate: a line up, then half a cosine down."""
+    rising = warmup * steps
+    if step < rising:
+        return (step + 1) / (rising + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1.0, steps - rising)))
+
+
+def _examples(step: int, size: int, options: Options) -> list[int]:
+    """Numbers of a step's examples: all in a new order each epoch, one epoch after the other."""
+    places = range(step * options.batch_size, (step + 1) * options.batch_size)
+    orders = {epoch: _order(size, epoch, options.seed) for epoch in {place // size for place in places}}
+    return [orders[place // size][place % size] for place in places]
+
+
+@lru_cache(2)
+def _order(size: int, epoch: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(size, generator=generator).tolist()

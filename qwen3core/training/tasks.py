@@ -1,0 +1,111 @@
+"""What a model is trained for: sequences of a batch, outputs of the model, and their loss."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..batch import PackedBatch
+from ..model import Qwen3Model
+from ..prompts import DEFAULT_TASK, embedding_query, reranker_body
+from ..reference import yes_minus_no
+from ..tokenizer import Tokenizer
+from . import losses
+from .data import Example
+from .losses import Groups
+
+Batch = tuple[list[list[int]], list[tuple[int, ...]], Any]
+"""Token ids of sequences; for each, a prefix that it may share with others; and the targets, which ``loss`` gets."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of ``size`` examples: ``embedding_task``, ``reranking_task``, or one of your own."""
+
+    size: int
+    batch: Callable[[list[int]], Batch]
+    """The sequences of some examples, given by number."""
+    outputs: Callable[[Qwen3Model, PackedBatch], Tensor]
+    """The output of each sequence: float32 [n, ...]."""
+    loss: Callable[[Tensor, Any], Tensor]
+    """A scalar from the outputs of a batch's sequences, in their order, and the targets that ``batch`` gave."""
+
+
+def embedding_task(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    *,
+    instruction: str = DEFAULT_TASK,
+    max_length: int = 512,
+    dims: Sequence[int] | None = None,
+    temperature: float = 0.02,
+    margin: float = 0.1,
+) -> Task:
+    """InfoNCE over the first ``dims`` components of vectors (all, by default); queries carry the instruction.
+
+    instruction: for examples that have none of their own. max_length: tokens per text, prompt included. temperature,
+    margin: see ``losses.info_nce``.
+    """
+
+    def batch(indices: list[int]) -> Batch:
+        texts: dict[tuple[str, str], int] = {}
+
+        def number(prompt: str, text: str) -> int:
+            return texts.setdefault((prompt, text), len(texts))
+
+        chosen = [examples[i] for i in indices]
+        query = [number(embedding_query(e.instruction or instruction), e.query) for e in chosen]
+        groups = _groups(query, [[number("", text) for text in (e.positive, *e.negatives)] for e in chosen])
+        prompts = dict.fromkeys(prompt for prompt, _ in texts)
+        prefix = dict(zip(prompts, map(tuple, tokenizer.encode(list(prompts))), strict=True))
+        sequences = tokenizer.embedding([prompt + text for prompt, text in texts], max_length)
+        return sequences, [prefix[prompt] for prompt, _ in texts], groups
+
+    def loss(outputs: Tensor, groups: Groups) -> Tensor:
+        widths = dims or [outputs.shape[1]]
+        return losses.matryoshka(outputs, groups, dims=widths, temperature=temperature, margin=margin)
+
+    return Task(len(examples), batch, lambda model, packed: model.embed(packed, normalize=False), loss)
+
+
+def reranking_task(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    *,
+    instruction: str = DEFAULT_TASK,
+    max_length: int = 512,
+    loss: Callable[[Tensor, Groups], Tensor] = losses.pointwise,
+) -> Task:
+    """Yes for positives, no for negatives; ``losses.listwise`` ranks each positive above its negatives instead.
+
+    instruction: for examples that have none of their own. max_length: tokens per pair, template included.
+    """
+    yes_no = tokenizer.yes_no()
+
+    def batch(indices: list[int]) -> Batch:
+        bodies: dict[str, int] = {}
+
+        def number(example: Example, document: str) -> int:
+            body = reranker_body(example.instruction or instruction, example.query, document)
+            return bodies.setdefault(body, len(bodies))
+
+        chosen = [examples[i] for i in indices]
+        groups = _groups([0] * len(chosen), [[number(e, d) for d in (e.positive, *e.negatives)] for e in chosen])
+        [start] = tokenizer.encode([reranker_body(instruction, "", "")])
+        sequences = tokenizer.reranking(list(bodies), max_length)
+        return sequences, [(*tokenizer.prefix, *start)] * len(bodies), groups
+
+    def outputs(model: Qwen3Model, packed: PackedBatch) -> Tensor:
+        return model.embed(packed, normalize=False) @ yes_minus_no(model.lm_head_rows(yes_no))
+
+    return Task(len(examples), batch, outputs, loss)
+
+
+def _groups(query: list[int], documents: list[list[int]]) -> Groups:
+    """Groups from the row of each query, and the rows of its documents, the positive first."""
+    positive = torch.tensor([first for first, *_ in documents])
+    negative = torch.tensor([i for _, *others in documents for i in others], dtype=torch.int64)
+    owner = torch.tensor([row for row, ids in enumerate(documents) for _ in ids[1:]], dtype=torch.int64)
+    return Groups(torch.tensor(query), positive, negative, owner)
