@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-from qwen3core.data import Example
 from qwen3core.errors import InputError
+from qwen3core.training import Example
 
 POS = ("noun", "verb", "adj", "adv")
 
@@ -39,7 +39,7 @@ def read_wordnet(folder: str | Path) -> dict[str, list[Synset]]:
     for pos in POS:
         path = Path(folder) / f"data.{pos}"
         if not path.is_file():
-            raise InputError(f"{path}: expected WordNet's database (Debian's package wordnet-base), found nothing")
+            raise InputError(f"WordNet's {path} is missing: apt-get install wordnet-base")
         lines = path.read_text("utf-8").splitlines()
         found[pos] = [_synset(line) for line in lines if not line.startswith(" ")]
     return found
@@ -57,8 +57,9 @@ def _synset(line: str) -> Synset:
 
 
 def texts(wordnet: dict[str, list[Synset]], folder: str | Path, seed: int, sentences: int) -> list[str]:
-    """Distinct texts to learn on: definitions, every second one with its words; examples; common words; and
-    ``sentences`` composed ones.
+    """Distinct texts to learn on: definitions, every second one with its words, examples, common words, compositions.
+
+    folder: WordNet's database. sentences: how many texts to compose.
     """
     chance = random.Random(seed)
     counts = _counts(Path(folder))
@@ -68,17 +69,17 @@ def texts(wordnet: dict[str, list[Synset]], folder: str | Path, seed: int, sente
             if not synset.held_out:
                 plain = [chance.choice((synset.definition, synset.document)), *synset.examples]
                 plain += [lemma for lemma in synset.lemmas if (lemma, synset.kind) in counts]
-                found |= dict.fromkeys(_dressed(text, chance) for text in plain)
+                found |= dict.fromkeys(_written(text, chance) for text in plain)
     compose = _composer(wordnet, folder, counts, chance)
     while sentences > 0:
-        text = _dressed(next(compose), chance)
+        text = _written(next(compose), chance)
         sentences -= text not in found
         found[text] = None
     return list(found)
 
 
-def _dressed(text: str, chance: random.Random) -> str:
-    """Half the time as a sentence is written: capital first, full stop last."""
+def _written(text: str, chance: random.Random) -> str:
+    """The text, half the time written as a sentence is: capital first, full stop last."""
     if chance.random() < 0.5:
         return text
     text = text[:1].upper() + text[1:]
@@ -172,7 +173,7 @@ def _s(verb: str) -> str:
 
 
 def pairs(wordnet: dict[str, list[Synset]], *, held_out: bool) -> list[Example]:
-    """Retrieval: an example sentence or a reworded definition asks for the document of its synset."""
+    """Retrieval examples: an example sentence, or "KIND called WORD", asks for the document of its synset."""
     found = []
     for synsets in wordnet.values():
         by_offset = {synset.offset: synset for synset in synsets}
