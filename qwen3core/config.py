@@ -114,3 +114,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
     return data
+
+
+def _size(hidden: int, intermediate: int, layers: int, q_heads: int, tied: bool) -> Qwen3Config:
+    return Qwen3Config(
+        151669, hidden, intermediate, layers, q_heads, 8, 40960, 1e6, tie_word_embeddings=tied, dtype="bfloat16"
+    )
+
+
+OFFICIAL_SIZES = {
+    "0.6B": _size(1024, 3072, 28, 16, tied=True),
+    "4B": _size(2560, 9728, 36, 32, tied=True),
+    "8B": _size(4096, 12288, 36, 32, tied=False),
+}
+"""Shapes of the official checkpoints; what differs between repositories of one size is in weights/synthesize.py."""
