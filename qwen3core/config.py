@@ -92,7 +92,6 @@ class Qwen3Config:
         return config
 
 
-# Vocabularies and positions differ by repository: a checkpoint's own config.json and tensors decide.
 OFFICIAL_SIZES = {
     name: Qwen3Config(151669, hidden, mlp, layers, heads, 8, 40960, 1e6, tie_word_embeddings=tied, dtype="bfloat16")
     for name, hidden, mlp, layers, heads, tied in (
@@ -101,6 +100,7 @@ OFFICIAL_SIZES = {
         ("8B", 4096, 12288, 36, 32, False),
     )
 }
+"""Shapes of the official checkpoints; vocabularies and positions differ by repository (weights/synthesize.py)."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -114,17 +114,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
     return data
-
-
-def _size(hidden: int, intermediate: int, layers: int, q_heads: int, tied: bool) -> Qwen3Config:
-    return Qwen3Config(
-        151669, hidden, intermediate, layers, q_heads, 8, 40960, 1e6, tie_word_embeddings=tied, dtype="bfloat16"
-    )
-
-
-OFFICIAL_SIZES = {
-    "0.6B": _size(1024, 3072, 28, 16, tied=True),
-    "4B": _size(2560, 9728, 36, 32, tied=True),
-    "8B": _size(4096, 12288, 36, 32, tied=False),
-}
-"""Shapes of the official checkpoints; what differs between repositories of one size is in weights/synthesize.py."""

@@ -24,11 +24,25 @@ def load_model(
 ) -> Qwen3Model:
     """A model with the checkpoint's weights, in eval mode; every key, shape and dtype is checked.
 
-    directory: as ``find`` gives it. dtype: a torch dtype or its name; ``"auto"`` is config.json's, else the tensors'.
-    What ``"auto"``, bfloat16, float16 and ``"int8"`` mean on a CPU: see ``Pretrained.from_pretrained``. device: None is
-    the first GPU, else the CPU. lm_head: load an untied output matrix too, as rerankers need it. Where dtype and device
-    keep the tensors as stored, they are pages of the file: opening copies nothing.
-    Raises CheckpointError for what is wrong with the files, InputError for the options.
+    Args:
+        directory: as ``find`` gives it.
+        dtype: a torch dtype or its name; ``"auto"`` is config.json's, else the tensors'. What ``"auto"``, bfloat16,
+            float16 and ``"int8"`` mean on a CPU: see ``Pretrained.from_pretrained``.
+        device: None is the first GPU, else the CPU.
+        ops: a set of operations, or its name (``ops.resolve``).
+        lm_head: load an untied output matrix too, as rerankers need it.
+
+    Returns:
+        A model whose tensors are pages of the file where dtype and device leave them as stored: opening copies nothing.
+
+    Raises:
+        CheckpointError: for what is wrong with the files.
+        InputError: for the options.
+
+    Example:
+        >>> model = load_model(find("tiny-embedding"), dtype="float32", device="cpu")
+        >>> model.layers[0].self_attn.q_proj.weight.shape
+        torch.Size([256, 256])
     """
     where = as_device(device)
     model, tensors = open_model(directory, ops=resolve(ops, where), lm_head=lm_head)

@@ -74,7 +74,7 @@ class CachedGradients:
             raise InputError(f"batch_size: expected a text for each of {self.world} processes, found {len(sequences)}")
         indices = range(self.rank, len(sequences), self.world)
         own = [sequences[i] for i in indices]
-        shared = shared_prefixes(own, [prefixes[i] for i in indices]) if self.model.may_share else None
+        shared = shared_prefixes(own, [prefixes[i] for i in indices]) if self.model.shortcuts else None
         return [
             pack(
                 [own[i] for i in group],
