@@ -5,9 +5,9 @@ import math
 
 import pytest
 
-from qwen3core import Embedder, InputError, evaluate
-from qwen3core.cli import main
-from qwen3core.evaluate import Retrieval, read_retrieval, read_sts
+from qwen3core import Embedder, InputError
+from qwen3core.commands import main
+from qwen3core.evaluation import Retrieval, measure, read_retrieval, read_sts, search, sts
 
 
 @pytest.fixture
@@ -23,6 +23,7 @@ def beir(tmp_path):
 
 
 def test_measures_by_hand(beir):
+    pytest.importorskip("ir_measures")
     data = read_retrieval(beir)
     assert data == Retrieval(
         {"d0": "T text 0", "d1": "text 1", "d2": "text 2", "d3": "text 3"},
@@ -32,20 +33,20 @@ def test_measures_by_hand(beir):
     run = {"q0": {"d0": 0.9, "d1": 0.5, "d2": 0.1}, "q1": {"d3": 0.9, "d2": 0.5}}
     first = 1 / math.log2(3)
     second = (1 + 2 / math.log2(3)) / (2 + 1 / math.log2(3))
-    found = evaluate.measure(data, run)
+    found = measure(data, run)
     assert found["nDCG@10"] == pytest.approx((first + second) / 2)
     assert found["R@10"] == found["R@100"] == 1
-    assert evaluate.measure(data, {"q0": {"d1": 1.0}})["nDCG@10"] == pytest.approx(0.5)  # a query without results
+    assert measure(data, {"q0": {"d1": 1.0}})["nDCG@10"] == pytest.approx(0.5)  # a query without results
 
 
-def test_judgements_in_trecs_format(beir, tmp_path):
+def test_qrels_in_trecs_format(beir, tmp_path):
     trec = tmp_path / "qrels.txt"
     trec.write_text("q0 0 d1 1\nq1 0 d2 2\nq1 0 d3 1\n", "utf-8")
     assert read_retrieval(beir, trec) == read_retrieval(beir)
 
 
 @pytest.mark.parametrize("line", ["q0\td9\t1", "q9\td1\t1", "q0\td1\tyes", "q0", "q0 0 0 d1 1"])
-def test_broken_judgements(beir, line):
+def test_broken_qrels(beir, line):
     path = beir / "qrels" / "test.tsv"
     path.write_text(f"q0\td1\t1\n{line}\n", "utf-8")
     with pytest.raises(InputError, match="line 2: expected a query's id, a document's and a whole number, found"):
@@ -58,11 +59,12 @@ def test_search_finds_each_text_itself(embedding_dir):
     embedder.prompts = {"query": "", "document": ""}
     data = Retrieval(texts, texts, {key: {key: 1} for key in texts})
     for dim in (None, 32):
-        run = evaluate.search(embedder, data, dim=dim, top=3)
-        assert all(len(found) == 3 and max(found, key=found.get) == query for query, found in run.items())
+        run = search(embedder, data, dim=dim, top=3)
+        assert all(len(found) == 3 and max(found, key=lambda key: found[key]) == query for query, found in run.items())
 
 
 def test_pairs(embedding_dir, tmp_path, capsys):
+    pytest.importorskip("scipy")
     tsv = tmp_path / "pairs.csv"
     rows = [("a cat", "a cat", 5.0), ("a cat", 'the "moon', 1.0), ("a dog", "prime numbers", 0.5)]
     tsv.write_text("".join(f"main\tx\t2012\t1\t{score}\t{a}\t{b}\n" for a, b, score in rows), "utf-8")
@@ -74,13 +76,14 @@ def test_pairs(embedding_dir, tmp_path, capsys):
     cosines = [float(embedder.similarity(*embedder.encode([a, b]))) for a, b, _ in rows]
     ranks = [sorted(cosines).index(c) for c in cosines]
     expected = 1 - 6 * sum((r - e) ** 2 for r, e in zip(ranks, [2, 1, 0], strict=True)) / (3 * 8)
-    assert evaluate.sts(embedder, rows) == pytest.approx(expected)
+    assert sts(embedder, rows) == pytest.approx(expected)
     tsv.write_text("main\tx\t2012\t1\tmuch\ta\tb\n", "utf-8")
     with pytest.raises(InputError, match="line 1: expected sentence1, sentence2 and a score, found"):
         read_sts(tsv)
 
 
 def test_the_command(embedding_dir, reranker_dir, beir, capsys):
+    pytest.importorskip("ir_measures")
     command = ["eval", str(embedding_dir), "--retrieval", str(beir), "--dims", "64", "32"]
     assert main([*command, "--reranker", str(reranker_dir)]) == 0
     lines = capsys.readouterr().out.splitlines()

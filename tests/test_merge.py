@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from qwen3core import CheckpointError, Embedder, InputError
-from qwen3core.cli import main
-from qwen3core.weights.checkpoint import Tensors
+from qwen3core.commands import main
 from qwen3core.weights.merge import merge, slerp
 from qwen3core.weights.synthesize import LAYOUTS, synthesize
+from qwen3core.weights.tensors import Tensors
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +69,15 @@ def test_the_command(three, tmp_path, capsys):
 def test_what_cannot_be_merged(three, embedding_dir, tmp_path):
     layout = LAYOUTS["Qwen3-Embedding-small"]
     wider = synthesize(tmp_path / "wider", replace(layout, config=replace(layout.config, intermediate_size=192)))
-    for arguments, options, message in [
-        (three[:1], {}, "merge: expected two or more checkpoints, found 1"),
-        (three, {"weights": [1, 2]}, "weights: expected 3 numbers above 0, found"),
-        (three[:2], {"weights": [1, 0]}, "weights: expected 2 numbers above 0, found"),
-        ([three[0], wider], {}, r"mlp\.down_proj\.weight.*expected shape \[64, 160\], found \[64, 192\]"),
-        ([three[0], tmp_path], {}, r"config\.json"),
+    for arguments, weights, message in [
+        (three[:1], None, "merge: expected two or more checkpoints, found 1"),
+        (three, [1, 2], "weights: expected 3 numbers above 0, found"),
+        (three[:2], [1, 0], "weights: expected 2 numbers above 0, found"),
+        ([three[0], wider], None, r"mlp\.down_proj\.weight.*expected shape \[64, 160\], found \[64, 192\]"),
+        ([three[0], tmp_path], None, r"config\.json"),
     ]:
         with pytest.raises((InputError, CheckpointError), match=message):
-            merge(arguments, tmp_path / "out", **options)
+            merge(arguments, tmp_path / "out", weights=weights)
         assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="expected a directory other than the source's"):
         merge(three, three[0])

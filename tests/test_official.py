@@ -65,5 +65,6 @@ def test_reranker_sentence_transformers():
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if not name.endswith("small")])
 def test_parity_with_transformers(name, dtype):
+    pytest.importorskip("transformers")
     report = parity(cached(name), dtype=dtype)
     assert report.ok, str(report)

@@ -1,4 +1,4 @@
-"""Dtypes of weights and of arithmetic on a CPU, int8, and streams."""
+"""Stored and compute dtypes on a CPU, int8, and streams."""
 
 import itertools
 
@@ -8,7 +8,7 @@ import torch
 from tolerances import INT8_ERROR, SAME_TEXT_FP32
 
 from qwen3core import Embedder, InputError, Reranker, capture, load_model, reference, stream
-from qwen3core.weights import checkpoint
+from qwen3core.weights import precision
 
 TEXTS = ["", "a", "Gravity is a force.", "北京", "Brot und Wasser. " * 30, "x = 1\n" * 12]
 
@@ -19,7 +19,7 @@ def weight(pretrained):
 
 @pytest.mark.parametrize("has_bfloat16", [True, False])
 def test_auto_computes_in_float32_where_a_cpu_has_no_bfloat16(embedding_dir, monkeypatch, has_bfloat16):
-    monkeypatch.setattr(checkpoint, "cpu_has_bfloat16", lambda: has_bfloat16)
+    monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: has_bfloat16)
     embedder = Embedder.from_pretrained(embedding_dir, device="cpu")
     assert embedder.dtype == (torch.bfloat16 if has_bfloat16 else torch.float32)
     assert weight(embedder).dtype == torch.bfloat16
@@ -29,8 +29,8 @@ def test_auto_computes_in_float32_where_a_cpu_has_no_bfloat16(embedding_dir, mon
     assert error > 1e-3 if has_bfloat16 else error <= SAME_TEXT_FP32
 
 
-def test_an_explicit_dtype_is_kept(embedding_dir, monkeypatch):
-    monkeypatch.setattr(checkpoint, "cpu_has_bfloat16", lambda: False)
+def test_an_explicit_dtype_is_used(embedding_dir, monkeypatch):
+    monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: False)
     for dtype in ("bfloat16", "float32", "float64"):
         embedder = Embedder.from_pretrained(embedding_dir, dtype=dtype, device="cpu")
         assert embedder.dtype == weight(embedder).dtype == getattr(torch, dtype)
@@ -46,7 +46,7 @@ def test_int8_linear_rounds_to_255_steps(rows):
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randn(n, 512, generator=generator) for n in (rows, 96))
     x[0] = 0
-    x[-1] *= 1e4  # a row of large values does not cost the others their precision
+    x[-1] *= 1e4  # a row of large values leaves the others their precision
     quantized, scale = reference.int8_rows(w)
     assert (quantized.dtype, quantized.abs().max()) == (torch.int8, 127)
     assert ((quantized * scale[:, None] - w).abs() <= scale[:, None] / 2 * (1 + 1e-5)).all()
@@ -57,10 +57,8 @@ def test_int8_linear_rounds_to_255_steps(rows):
 
 
 def test_int8_embeds_and_reranks(embedding_dir, reranker_dir):
-    embedder, reranker = (
-        kind.from_pretrained(directory, dtype="int8", device="cpu")
-        for kind, directory in ((Embedder, embedding_dir), (Reranker, reranker_dir))
-    )
+    embedder = Embedder.from_pretrained(embedding_dir, dtype="int8", device="cpu")
+    reranker = Reranker.from_pretrained(reranker_dir, dtype="int8", device="cpu")
     assert (embedder.dtype, weight(embedder).dtype) == (torch.float32, torch.int8)
     vectors = Embedder.from_pretrained(embedding_dir, dtype="float32", device="cpu").encode(TEXTS)
     assert 1e-4 < np.linalg.norm(embedder.encode(TEXTS) - vectors, axis=1).max() < INT8_ERROR

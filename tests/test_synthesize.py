@@ -6,9 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
 from tolerances import EMBEDDING_FP32
-from transformers import AutoModelForCausalLM
 
 from qwen3core import Embedder, InputError, Reranker, capture, load_model, pack
 from qwen3core.weights.synthesize import LAYOUTS, synthesize
@@ -28,7 +26,9 @@ def test_official_files(embedding_dir, reranker_dir, facts):
 
 
 def test_sentence_transformers_opens_it_with_equal_results(embedding_dir):
-    peer = SentenceTransformer(str(embedding_dir), device="cpu", model_kwargs={"dtype": torch.float32})
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    options = {"device": "cpu", "model_kwargs": {"dtype": torch.float32}}
+    peer = sentence_transformers.SentenceTransformer(str(embedding_dir), **options)
     embedder = Embedder.from_pretrained(embedding_dir, dtype="float32", device="cpu")
     for theirs, ours in (
         (peer.encode_query(TEXTS), embedder.encode_query(TEXTS)),
@@ -79,14 +79,15 @@ def test_same_seed_same_bytes(tmp_path, embedding_dir):
     assert {name for name, value in digest(embedding_dir).items() if other[name] != value} == {"model.safetensors"}
 
 
-def test_untied_head_opens_in_transformers(tmp_path):
+def test_untied_lm_head_opens_in_transformers(tmp_path):
     """lm_head.weight has no prefix, and is used by both."""
+    transformers = pytest.importorskip("transformers")
     small = LAYOUTS["Qwen3-Reranker-small"]
     untied = type(small)(type(small.config)(**{**vars(small.config), "tie_word_embeddings": False}), "reranker", 2)
     synthesize(tmp_path, untied)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     reranker = Reranker.from_pretrained(tmp_path, dtype="float32", device="cpu")
-    assert torch.equal(theirs.lm_head.weight, reranker.model.lm_head.weight)
+    assert torch.equal(theirs.lm_head.weight, reranker.model.get_parameter("lm_head.weight"))
     assert not torch.equal(theirs.lm_head.weight, theirs.model.embed_tokens.weight)
     assert np.isfinite(reranker.predict(("q", "d")))
 

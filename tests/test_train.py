@@ -14,12 +14,12 @@ import tolerances
 import torch
 from torch.nn import functional as F
 
-from qwen3core import Embedder, InputError, Reranker, losses
-from qwen3core.cli import main
-from qwen3core.data import Example, read_examples
-from qwen3core.losses import Groups
+from qwen3core import Embedder, InputError, Reranker, capture
+from qwen3core.commands import main
 from qwen3core.parity import parity
-from qwen3core.train import Options, embedding_task, reranking_task, train
+from qwen3core.training import Example, Options, embedding_task, losses, read_examples, reranking_task, train
+from qwen3core.training.cached_gradients import CachedGradients
+from qwen3core.training.losses import Groups
 
 EXAMPLES = [
     Example(f"what is {a}", f"{a} is a kind of {b}", (f"{c} is a kind of {b}",))
@@ -75,8 +75,8 @@ def test_info_nce_by_hand():
         expected = 0.0
         for query, positive, others in rows:
             own = s(query, positive)
-            kept = [x for x in others if x <= own + margin]
-            expected += -math.log(math.exp(own / 0.2) / sum(math.exp(x / 0.2) for x in [own, *kept])) / 2
+            candidates = [own, *(x for x in others if x <= own + margin)]
+            expected += -math.log(math.exp(own / 0.2) / sum(math.exp(x / 0.2) for x in candidates)) / 2
         found = losses.info_nce(vectors, groups, temperature=0.2, margin=margin)
         assert found.item() == pytest.approx(expected, rel=1e-12)
 
@@ -111,19 +111,34 @@ def keep(seen, name, parameter):
 
 @pytest.mark.parametrize("kind", [Embedder, Reranker])
 def test_small_passes_give_the_whole_batchs_gradient(kind, small, tmp_path):
-    """Cached gradients, shared heads and activation checkpointing change memory, not the gradient."""
+    """Cached gradients, shared prefixes and activation checkpointing change memory, not the gradient."""
     gradients = []
-    for options in ({"batch_tokens": 10**6}, {"batch_tokens": 60}, {"batch_tokens": 60, "recompute": True}):
+    for batch_tokens, recompute in ((10**6, False), (60, False), (60, True)):
         model = opened(kind, small[kind])
-        seen = {}
+        seen: dict[str, torch.Tensor] = {}
         for name, parameter in model.model.named_parameters():
             parameter.register_post_accumulate_grad_hook(partial(keep, seen, name))
-        train(model.model, task_of(model), Options(batch_size=8, **options), tmp_path)
+        options = Options(batch_size=8, batch_tokens=batch_tokens, recompute=recompute)
+        train(model.model, task_of(model), options, tmp_path)
         gradients.append(seen)
     whole, *others = gradients
     for other in others:
         for name, gradient in whole.items():
             assert (other[name] - gradient).norm() <= tolerances.GRADIENT_FP32 * gradient.norm(), name
+
+
+def test_prefixes_are_shared_only_where_the_model_allows_it(small):
+    """While a point is hooked, every text goes through the model whole."""
+    embedder = opened(Embedder, small[Embedder])
+    task = task_of(embedder)
+    gradients = CachedGradients(embedder.model, task, 10**6)
+    examples = list(range(len(EXAMPLES)))
+    sequences, prefixes, _ = task.batch(examples)
+    with capture(embedder.model, "embed") as acts:
+        whole = gradients.compute(examples)
+    assert len(acts["embed"]) == sum(map(len, sequences)) == whole[1]
+    assert sum(len(batch.input_ids) for batch in gradients.pack(sequences, prefixes)) < whole[1]
+    assert gradients.compute(examples) == pytest.approx(whole, rel=tolerances.LOSS_FP32)
 
 
 @pytest.mark.parametrize("kind", [Embedder, Reranker])
@@ -168,13 +183,23 @@ def test_a_state_of_another_training_is_refused(small, tmp_path):
         train(model.model, task, dataclasses.replace(OPTIONS, seed=1), tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["embedding", "reranker"])
 @pytest.mark.parametrize(
-    "extra", [[], ["--lora", "4"], ["--bfloat16", "--recompute"]], ids=["full", "lora", "bfloat16"]
+    ("kind", "extra"),
+    [
+        pytest.param("embedding", [], id="embedding"),
+        pytest.param("reranker", ["--lora", "4"], id="reranker-lora"),
+        pytest.param("embedding", ["--lora", "4"], id="embedding-lora", marks=pytest.mark.slow),
+        pytest.param("reranker", [], id="reranker", marks=pytest.mark.slow),
+        pytest.param("embedding", ["--bfloat16", "--recompute"], id="embedding-bfloat16", marks=pytest.mark.slow),
+        pytest.param("reranker", ["--bfloat16", "--recompute"], id="reranker-bfloat16", marks=pytest.mark.slow),
+    ],
 )
 def test_the_command_lowers_the_loss_and_its_checkpoint_is_everybodys(
     kind, extra, embedding_dir, reranker_dir, data, tmp_path
 ):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    if extra[:1] == ["--lora"]:
+        pytest.importorskip("peft")
     directory = embedding_dir if kind == "embedding" else reranker_dir
     out = tmp_path / "out"
     flags = ["--epochs", "10", "--batch-size", "4", "--learning-rate", "2e-3", "--dims", "64", "32"]
@@ -184,13 +209,12 @@ def test_the_command_lowers_the_loss_and_its_checkpoint_is_everybodys(
     assert len(rows) == 20
     assert last < 0.7 * first
 
-    from sentence_transformers import SentenceTransformer
-
     assert parity(out, dtype="float32").ok  # transformers opens it and gives the same
     texts = [e.positive for e in EXAMPLES]
     if kind == "embedding":
         ours = Embedder.from_pretrained(out, dtype="float32").encode(texts)
-        theirs = SentenceTransformer(str(out), device="cpu", model_kwargs={"dtype": "float32"}).encode(texts)
+        peer = sentence_transformers.SentenceTransformer(str(out), device="cpu", model_kwargs={"dtype": "float32"})
+        theirs = peer.encode(texts)
         assert abs(ours - theirs).max() <= tolerances.EMBEDDING_FP32
         assert abs(ours - Embedder.from_pretrained(directory, dtype="float32").encode(texts)).max() > 1e-3
     if extra[:1] == ["--lora"]:
@@ -213,6 +237,7 @@ def same_as_peft(kind, directory, out):
     assert (merged - adapted).norm() < 0.2 * (adapted - plain).norm()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_loss_and_gradient_of_one(embedding_dir, data, tmp_path):
     found = {}
     for processes in (1, 2):

@@ -58,7 +58,7 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
 def _add_eval_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sts", help="STSbenchmark's csv, or .jsonl rows of sentence1, sentence2, score")
     parser.add_argument("--retrieval", metavar="FOLDER", help="BEIR's corpus.jsonl, queries.jsonl, qrels/test.tsv")
-    parser.add_argument("--qrels", help="another file of judgements, BEIR's or TREC's")
+    parser.add_argument("--qrels", help="another qrels file, BEIR's or TREC's")
     parser.add_argument("--reranker", metavar="MODEL", help="rerank the best 100 of each query as well")
     parser.add_argument("--dims", type=int, nargs="+", help="widths of the vectors; by default the whole")
     add_split_special_tokens(parser)

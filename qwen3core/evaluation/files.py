@@ -1,4 +1,4 @@
-"""Files of evaluation sets: pairs of sentences with scores; a corpus, queries and judgements."""
+"""Files of evaluation sets: pairs of sentences with scores; a corpus, queries and qrels."""
 
 from dataclasses import dataclass
 from pathlib import Path

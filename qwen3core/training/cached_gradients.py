@@ -48,7 +48,7 @@ class CachedGradients:
     def compute(self, examples: list[int]) -> tuple[float, int]:
         """Add the gradients of these examples; their loss and number of tokens. Raises InputError for too few texts."""
         sequences, prefixes, targets = self.task.batch(examples)
-        batches = self._pack(sequences, prefixes)
+        batches = self.pack(sequences, prefixes)
         rows = [torch.tensor(batch.indices, device=self.device) for batch in batches]
         single = len(batches) == 1  # fits as it is: nothing is computed twice
         with torch.set_grad_enabled(single):
@@ -68,7 +68,7 @@ class CachedGradients:
                 (results[0] if single else self._forward(batch)).backward(gradient[row] * self.world)
         return loss.item(), sum(map(len, sequences))
 
-    def _pack(self, sequences: Sequence[list[int]], prefixes: Sequence[tuple[int, ...]]) -> list[PackedBatch]:
+    def pack(self, sequences: Sequence[list[int]], prefixes: Sequence[tuple[int, ...]]) -> list[PackedBatch]:
         """This process's sequences in batches of at most ``batch_tokens``, each shared prefix once in a batch."""
         if len(sequences) < self.world:
             raise InputError(f"batch_size: expected a text for each of {self.world} processes, found {len(sequences)}")
