@@ -1,4 +1,4 @@
-"""What all launchers share: checks of arguments, and the launch itself.
+"""What all launchers share, in the order of a call: checks of arguments, then the launch itself.
 
 Numbers that change from batch to batch are in each kernel's ``do_not_specialize``: Triton would otherwise compile again
 for 1 and for multiples of 16.
@@ -15,7 +15,7 @@ from qwen3core.errors import InputError
 INTERPRETED = triton.knobs.runtime.interpret
 """TRITON_INTERPRET=1 was set when the kernels were imported: they run on the CPU, through numpy, slowly."""
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check(op: str, *, eps: float = 1.0, **tensors: tuple[Tensor, str]) -> None:
@@ -36,8 +36,8 @@ def check(op: str, *, eps: float = 1.0, **tensors: tuple[Tensor, str]) -> None:
             raise InputError(f"{op}: {name}: expected [{', '.join(names)}] with {known}, found {list(x.shape)}")
         if x.device != first.device:
             raise InputError(f"{op}: {name}: expected a tensor on {first.device}, found one on {x.device}")
-        if x.dtype not in DTYPES or x.dtype != first.dtype:
-            wanted = first.dtype if first.dtype in DTYPES else "float32, bfloat16 or float16"
+        if x.dtype not in KERNEL_DTYPES or x.dtype != first.dtype:
+            wanted = first.dtype if first.dtype in KERNEL_DTYPES else "float32, bfloat16 or float16"
             raise InputError(f"{op}: {name}: expected {wanted}, found {x.dtype}")
         if x.stride(-1) != 1 and x.shape[-1] > 1:
             raise InputError(f"{op}: {name}: expected stride 1 along the last dimension, found strides {x.stride()}")
@@ -45,7 +45,7 @@ def check(op: str, *, eps: float = 1.0, **tensors: tuple[Tensor, str]) -> None:
 
 
 def require_runnable(op: str, x: Tensor) -> None:
-    """Raises InputError where kernels cannot run on x."""
+    """Raise InputError where kernels cannot run on x."""
     if x.device.type != "cuda" and not INTERPRETED:
         raise InputError(
             f"{op}: expected tensors on a GPU (or TRITON_INTERPRET=1 in the environment), found {x.device}"
@@ -55,7 +55,7 @@ def require_runnable(op: str, x: Tensor) -> None:
 
 
 def check_cu_seqlens(op: str, name: str, cu_seqlens: Tensor, like: Tensor, shortest: int, debug: bool) -> None:
-    """``cu_seqlens`` [N + 1] int32 delimits the rows of ``like`` in sequences of at least ``shortest`` rows.
+    """Check that ``cu_seqlens`` [N + 1] int32 delimits the rows of ``like`` in sequences of at least ``shortest`` rows.
 
     Its values are read on the CPU, or with debug: on a GPU that waits for the device. Raises InputError.
     """
@@ -74,8 +74,8 @@ def check_cu_seqlens(op: str, name: str, cu_seqlens: Tensor, like: Tensor, short
 
 
 def launch(kernel: Any, grid: tuple[int, ...], x: Tensor, *args: Any, **options: Any) -> None:
-    """``kernel[grid](x, *args, **options)`` on x's device; an empty grid is no launch."""
+    """Run ``kernel[grid](x, *args, **options)`` on x's device; an empty grid is no launch."""
     if 0 not in grid:
         with torch.cuda.device_of(x):
-            # Said, since Triton 3.10 changes the default and the last bits of results with it.
+            # Explicit, since Triton 3.10 changes the default and the last bits of results with it.
             kernel[grid](x, *args, enable_fp_fusion=True, **options)

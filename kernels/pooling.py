@@ -27,44 +27,7 @@ from .rms_norm import normed, rms_norm, rms_norm_backward
 
 CONFIGS = ((4,), (8,), (2,))  # (warps,); the first is the default
 MEAN_ROWS = 4
-"""Rows at a time, of the mean."""
-
-
-@triton.jit
-def pooled_row(x, stride, weight, cu_seqlens, n, eps, MEAN: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr,
-               BLOCK_H: tl.constexpr):  # fmt: skip
-    """rms_norm of sequence n's last row, or the mean of rms_norm of all its rows; [BLOCK_H] float32, zero beyond H."""
-    column = tl.arange(0, BLOCK_H)
-    w = tl.load(weight + column, mask=column < H, other=0.0)
-    end = tl.load(cu_seqlens + n + 1)
-    start = tl.load(cu_seqlens + n) if MEAN else end - 1
-    total = tl.zeros((BLOCK_H,), tl.float32)
-    for first in tl.range(start, end, ROWS):
-        row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        rows = tl.load(x + row * stride + column[None, :], mask=(row < end) & (column < H)[None, :], other=0.0)
-        total += tl.sum(normed(rows, w, eps, H)[0], axis=0)
-    return total / (end - start)
-
-
-@triton.jit
-def norm_pool_kernel(x, stride, weight, cu_seqlens, out, norms, dim, eps, NORMALIZE: tl.constexpr, MEAN: tl.constexpr,
-                     H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK_H)
-    row = pooled_row(x, stride, weight, cu_seqlens, n, eps, MEAN, H, ROWS, BLOCK_H)
-    row = tl.where(column < dim, row, 0.0)
-    norm = tl.maximum(tl.sqrt(tl.sum(row * row)), 1e-12) if NORMALIZE else 1.0
-    tl.store(out + n * dim + column, row / norm, mask=column < dim)
-    tl.store(norms + n, norm)
-
-
-@triton.jit
-def norm_score_kernel(x, stride, weight, cu_seqlens, direction, out, eps, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    n = tl.program_id(0)
-    column = tl.arange(0, BLOCK_H)
-    row = pooled_row(x, stride, weight, cu_seqlens, n, eps, False, H, 1, BLOCK_H)
-    logit = tl.sum(row * tl.load(direction + column, mask=column < H, other=0.0))
-    tl.store(out + n, tl.sigmoid(logit))
+"""Rows that the mean reads at a time."""
 
 
 def norm_pool(
@@ -82,7 +45,10 @@ def norm_score(
     x: Tensor, weight: Tensor, eps: float, cu_seqlens: Tensor, direction: Tensor, *, debug: bool = False,
     config: Sequence[int] = CONFIGS[0],
 ) -> Tensor:  # fmt: skip
-    """x [T, H] before the final norm, its weight [H], direction [H] float32: P(yes) [N] float32; else as above."""
+    """x [T, H] before the final norm, its weight [H], cu_seqlens [N + 1] int32, direction [H] float32: P(yes) [N].
+
+    The result is float32. ``debug`` is that of ``norm_pool``. Raises InputError.
+    """
     return _score(x, weight, eps, cu_seqlens, direction, debug, config)
 
 
@@ -130,6 +96,47 @@ def _check(op: str, x: Tensor, weight: Tensor, eps: float, cu_seqlens: Tensor, d
     check_cu_seqlens(op, "cu_seqlens", cu_seqlens, x, 1, debug)
 
 
+@triton.jit
+def norm_pool_kernel(x_ptr, stride, weight_ptr, cu_seqlens_ptr, out_ptr, norms_ptr, dim, eps, NORMALIZE: tl.constexpr,
+                     MEAN: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_H)
+    row = pooled_row(x_ptr, stride, weight_ptr, cu_seqlens_ptr, n, eps, MEAN, H, ROWS, BLOCK_H)
+    row = tl.where(column < dim, row, 0.0)
+    norm = tl.maximum(tl.sqrt(tl.sum(row * row)), 1e-12) if NORMALIZE else 1.0
+    tl.store(out_ptr + n * dim + column, row / norm, mask=column < dim)
+    tl.store(norms_ptr + n, norm)
+
+
+@triton.jit
+def norm_score_kernel(x_ptr, stride, weight_ptr, cu_seqlens_ptr, direction_ptr, out_ptr, eps, H: tl.constexpr,
+                      BLOCK_H: tl.constexpr):  # fmt: skip
+    n = tl.program_id(0)
+    column = tl.arange(0, BLOCK_H)
+    row = pooled_row(x_ptr, stride, weight_ptr, cu_seqlens_ptr, n, eps, False, H, 1, BLOCK_H)
+    logit = tl.sum(row * tl.load(direction_ptr + column, mask=column < H, other=0.0))
+    tl.store(out_ptr + n, tl.sigmoid(logit))
+
+
+@triton.jit
+def pooled_row(x_ptr, stride, weight_ptr, cu_seqlens_ptr, n, eps, MEAN: tl.constexpr, H: tl.constexpr,
+               ROWS: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+    """rms_norm of sequence n's last row, or the mean of rms_norm of all its rows; [BLOCK_H] float32, zero beyond H."""
+    column = tl.arange(0, BLOCK_H)
+    weight = tl.load(weight_ptr + column, mask=column < H, other=0.0)
+    end = tl.load(cu_seqlens_ptr + n + 1)
+    start = tl.load(cu_seqlens_ptr + n) if MEAN else end - 1
+    total = tl.zeros((BLOCK_H,), tl.float32)
+    for first in tl.range(start, end, ROWS):
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        x = tl.load(x_ptr + row * stride + column[None, :], mask=(row < end) & (column < H)[None, :], other=0.0)
+        total += tl.sum(normed(x, weight, eps, H)[0], axis=0)
+    return total / (end - start)
+
+
+# Backward
+
+
 def _pool_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     x, weight, ctx.eps, cu_seqlens, ctx.dim, ctx.normalize, ctx.mean, *_ = inputs
     ctx.save_for_backward(x, weight, cu_seqlens, *output)
@@ -149,10 +156,7 @@ def _pool_autograd(ctx: Any, dout: Tensor, _: Tensor) -> tuple:
     return dx, dw, *[None] * 7
 
 
-def _last_rows_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    last = cu_seqlens[1:].long() - 1
-    rows, dw = rms_norm_backward(dy, None, x[last], weight, eps)
-    return torch.zeros_like(x).index_copy(0, last, rows), dw
+_pool.register_autograd(_pool_autograd, setup_context=_pool_setup)
 
 
 def _score_setup(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -168,5 +172,10 @@ def _score_autograd(ctx: Any, dout: Tensor) -> tuple:
     return dx, dw, None, None, (dlogit * y).sum(0), None, None
 
 
-_pool.register_autograd(_pool_autograd, setup_context=_pool_setup)
 _score.register_autograd(_score_autograd, setup_context=_score_setup)
+
+
+def _last_rows_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    last = cu_seqlens[1:].long() - 1
+    rows, dw = rms_norm_backward(dy, None, x[last], weight, eps)
+    return torch.zeros_like(x).index_copy(0, last, rows), dw

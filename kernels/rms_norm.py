@@ -29,61 +29,6 @@ from .launch import check, launch
 
 # (elements of a tile, warps); the first is the default
 CONFIGS = ((4096, 4), (4096, 8), (8192, 8), (2048, 4))
-PROGRAMS = 256
-"""Of the backward: as many partial sums of dw."""
-
-
-@triton.jit
-def normed(x, weight, eps, H: tl.constexpr):
-    """Rows x [ROWS, BLOCK_H], zero beyond H, and weight [BLOCK_H]: (y, n = x * r, r), all float32, y rounded."""
-    wide = x.to(tl.float32)
-    r = tl.rsqrt(tl.sum(wide * wide, axis=1) / H + eps)[:, None]
-    n = wide * r
-    y = n.to(x.dtype).to(tl.float32) * weight.to(tl.float32)[None, :]
-    return y.to(x.dtype).to(tl.float32), n, r
-
-
-@triton.jit
-def tile_of(tile, R, B, strides, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
-    """A tile of [A, B, H], rows counted over R = A * B: (offsets by strides, offsets if contiguous, mask)."""
-    row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    column = tl.arange(0, BLOCK_H)[None, :]
-    return row // B * strides[0] + row % B * strides[1] + column, row * H + column, (row < R) & (column < H)
-
-
-@triton.jit(do_not_specialize=["R"])
-def rms_norm_kernel(x, strides, residual, residual_strides, weight, y, s, R, B, eps, ADD: tl.constexpr,
-                    H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
-    offsets, packed, mask = tile_of(tl.program_id(0), R, B, strides, H, ROWS, BLOCK_H)
-    rows = tl.load(x + offsets, mask=mask, other=0.0)
-    if ADD:
-        offsets, packed, mask = tile_of(tl.program_id(0), R, B, residual_strides, H, ROWS, BLOCK_H)
-        added = tl.load(residual + offsets, mask=mask, other=0.0)
-        rows = (rows.to(tl.float32) + added.to(tl.float32)).to(x.dtype.element_ty)
-        tl.store(s + packed, rows, mask=mask)
-    column = tl.arange(0, BLOCK_H)
-    w = tl.load(weight + column, mask=column < H, other=0.0)
-    tl.store(y + packed, normed(rows, w, eps, H)[0], mask=mask)
-
-
-@triton.jit(do_not_specialize=["R"])
-def rms_norm_backward_kernel(dy, ds, x, strides, weight, dx, dw, R, B, eps, ADD: tl.constexpr, H: tl.constexpr,
-                             ROWS: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
-    column = tl.arange(0, BLOCK_H)
-    w = tl.load(weight + column, mask=column < H, other=0.0)
-    total = tl.zeros((BLOCK_H,), tl.float32)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(R, ROWS), tl.num_programs(0)):
-        offsets, packed, mask = tile_of(tile, R, B, strides, H, ROWS, BLOCK_H)
-        rows = tl.load(x + offsets, mask=mask, other=0.0)
-        grad = tl.load(dy + packed, mask=mask, other=0.0).to(tl.float32)
-        _, n, r = normed(rows, w, eps, H)
-        g = grad * w.to(tl.float32)[None, :]
-        out = r * (g - n * (tl.sum(g * n, axis=1) / H)[:, None])
-        if ADD:
-            out += tl.load(ds + packed, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx + packed, out, mask=mask)
-        total += tl.sum(grad * n.to(rows.dtype).to(tl.float32), axis=0)
-    tl.store(dw + tl.program_id(0) * H + column, total, mask=column < H)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, config: Sequence[int] = CONFIGS[0]) -> Tensor:
@@ -123,6 +68,71 @@ def _forward_fake(
     return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape)  # a custom op always returns both
 
 
+def _sizes(x: Tensor, config: Sequence[int]) -> dict[str, int]:
+    H, (elements, warps) = x.shape[-1], config
+    block = triton.next_power_of_2(H)
+    inner = x.shape[1] if x.dim() == 3 else 1
+    rows = x.numel() // max(H, 1)
+    return {"R": rows, "B": inner, "H": H, "ROWS": max(elements // block, 1), "BLOCK_H": block, "num_warps": warps}
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    return (*x.stride()[:-1], 0, 0)[:2]
+
+
+@triton.jit(do_not_specialize=["R"])
+def rms_norm_kernel(x_ptr, strides, residual_ptr, residual_strides, weight_ptr, y_ptr, s_ptr, R, B, eps,
+                    ADD: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+    offsets, packed, mask = tile_of(tl.program_id(0), R, B, strides, H, ROWS, BLOCK_H)
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+    if ADD:
+        offsets, packed, mask = tile_of(tl.program_id(0), R, B, residual_strides, H, ROWS, BLOCK_H)
+        residual = tl.load(residual_ptr + offsets, mask=mask, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x_ptr.dtype.element_ty)
+        tl.store(s_ptr + packed, x, mask=mask)
+    column = tl.arange(0, BLOCK_H)
+    weight = tl.load(weight_ptr + column, mask=column < H, other=0.0)
+    tl.store(y_ptr + packed, normed(x, weight, eps, H)[0], mask=mask)
+
+
+@triton.jit
+def tile_of(tile, R, B, strides, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+    """A tile of [A, B, H], rows counted over R = A * B: (offsets by strides, offsets if contiguous, mask)."""
+    row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = tl.arange(0, BLOCK_H)[None, :]
+    return row // B * strides[0] + row % B * strides[1] + column, row * H + column, (row < R) & (column < H)
+
+
+@triton.jit
+def normed(x, weight, eps, H: tl.constexpr):
+    """Rows x [ROWS, BLOCK_H], zero beyond H, and weight [BLOCK_H]: (y, n = x * r, r), all float32, y rounded."""
+    wide = x.to(tl.float32)
+    r = tl.rsqrt(tl.sum(wide * wide, axis=1) / H + eps)[:, None]
+    n = wide * r
+    y = n.to(x.dtype).to(tl.float32) * weight.to(tl.float32)[None, :]
+    return y.to(x.dtype).to(tl.float32), n, r
+
+
+# Backward
+
+PROGRAMS = 256
+"""Programs that the backward is launched with at most; each writes one partial sum of dw."""
+
+
+def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, weight, ctx.eps, residual, _ = inputs
+    ctx.add = residual is not None
+    ctx.save_for_backward(output[1] if ctx.add else x, weight)
+
+
+def _autograd(ctx: Any, dy: Tensor, ds: Tensor) -> tuple:
+    dx, dw = rms_norm_backward(dy, ds if ctx.add else None, *ctx.saved_tensors, ctx.eps)
+    return dx, dw, None, dx if ctx.add else None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup)
+
+
 @torch.library.custom_op("qwen3core::rms_norm_backward", mutates_args=())
 def rms_norm_backward(dy: Tensor, ds: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(dx, dw) for y = rms_norm(x); ds [like x] is added to dx. Gradients that come in may be float32."""
@@ -141,27 +151,22 @@ def _backward_fake(dy: Tensor, ds: Tensor | None, x: Tensor, weight: Tensor, eps
     return x.new_empty(x.shape), torch.empty_like(weight)
 
 
-def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, weight, ctx.eps, residual, _ = inputs
-    ctx.add = residual is not None
-    ctx.save_for_backward(output[1] if ctx.add else x, weight)
-
-
-def _autograd(ctx: Any, dy: Tensor, ds: Tensor) -> tuple:
-    dx, dw = rms_norm_backward(dy, ds if ctx.add else None, *ctx.saved_tensors, ctx.eps)
-    return dx, dw, None, dx if ctx.add else None, None
-
-
-_forward.register_autograd(_autograd, setup_context=_setup)
-
-
-def _sizes(x: Tensor, config: Sequence[int]) -> dict[str, int]:
-    H, (elements, warps) = x.shape[-1], config
-    block = triton.next_power_of_2(H)
-    inner = x.shape[1] if x.dim() == 3 else 1
-    rows = x.numel() // max(H, 1)
-    return {"R": rows, "B": inner, "H": H, "ROWS": max(elements // block, 1), "BLOCK_H": block, "num_warps": warps}
-
-
-def _strides(x: Tensor) -> tuple[int, ...]:
-    return (*x.stride()[:-1], 0, 0)[:2]
+@triton.jit(do_not_specialize=["R"])
+def rms_norm_backward_kernel(dy_ptr, ds_ptr, x_ptr, strides, weight_ptr, dx_ptr, dw_ptr, R, B, eps,
+                             ADD: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr,
+                             BLOCK_H: tl.constexpr):  # fmt: skip
+    column = tl.arange(0, BLOCK_H)
+    weight = tl.load(weight_ptr + column, mask=column < H, other=0.0)
+    dw = tl.zeros((BLOCK_H,), tl.float32)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(R, ROWS), tl.num_programs(0)):
+        offsets, packed, mask = tile_of(tile, R, B, strides, H, ROWS, BLOCK_H)
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+        dy = tl.load(dy_ptr + packed, mask=mask, other=0.0).to(tl.float32)
+        _, n, r = normed(x, weight, eps, H)
+        g = dy * weight.to(tl.float32)[None, :]
+        dx = r * (g - n * (tl.sum(g * n, axis=1) / H)[:, None])
+        if ADD:
+            dx += tl.load(ds_ptr + packed, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + packed, dx, mask=mask)
+        dw += tl.sum(dy * n.to(x.dtype).to(tl.float32), axis=0)
+    tl.store(dw_ptr + tl.program_id(0) * H + column, dw, mask=column < H)
