@@ -107,7 +107,7 @@ def attention_cases():
         yield pytest.param(case, group, dtype, marks=marks, id=f"{dtype}-{case}-{group}")
 
 
-@pytest.mark.parametrize(("case", "group", "dtype"), attention_cases())
+@pytest.mark.parametrize(("case", "group", "dtype"), list(attention_cases()))
 def test_attention(case, group, dtype, device):
     torch.manual_seed(0)
     len_q, len_k = ATTENTION[case]
@@ -516,15 +516,15 @@ def test_registration(name, device):
     torch.library.opcheck(getattr(torch.ops.qwen3core, name.strip()).default, tuple(args))
 
 
-@pytest.mark.parametrize("longest", [20, slow(70)])
+@pytest.mark.parametrize("counts", [(6, 1, 9), slow((17, 1, 70))], ids=str)
 @pytest.mark.parametrize("kind", ["embedding", "reranker"])
-def test_whole_model(kind, longest, device, request):
+def test_whole_model(kind, counts, device, request):
     """ops="triton" is as exact as ops="reference", fused and hooked, embedding and reranker, values and gradients."""
     directory = request.getfixturevalue(f"{kind}_dir")
 
     def run(ops, dtype, device):
         model = load_model(directory, dtype=dtype, ops=ops, device=device, lm_head=kind == "reranker")
-        batch = pack([list(range(3, 12)), [5], list(range(200, 200 + longest))], device=device)
+        batch = pack([[*range(200 * n + 3, 200 * n + 3 + count)] for n, count in enumerate(counts)], device=device)
         yes_no = (model.lm_head or model.embed_tokens).weight[[3, 4]]
         out = model.embed(batch, dim=40) if kind == "embedding" else model.score(batch, yes_no)
         with capture(model, "layers.*.resid_mid", "final_norm") as acts, torch.no_grad():
@@ -582,16 +582,13 @@ def test_replacing_a_part_drops_what_is_fused_with_it():
     assert "norm_pool" not in repr(mine)
 
 
-def wrong(device):
-    """Calls that launchers must refuse, by what they must say."""
-    q, kv, x, w = (torch.zeros(*s, device=device) for s in ((6, 4, 64), (6, 2, 64), (6, 64), (64,)))
-    cu, cos = cu_seqlens([6], device), torch.zeros(6, 64, device=device)
+def wrong_attention(device):
+    """Calls that attention must refuse, by what it must say."""
+    q, kv, x = (torch.zeros(*s, device=device) for s in ((6, 4, 64), (6, 2, 64), (6, 64)))
+    cu = cu_seqlens([6], device)
 
-    def attend(q=q, k=kv, v=kv, cu_q=cu, cu_k=cu, **options):
-        return attention(q, k, v, cu_q, cu_k, 6, 6, debug=True, **options)
-
-    def rotate(q=q, kv=kv, w=w, cos=cos):
-        return qk_norm_rope(q, kv, w, w, EPS, cos, cos)
+    def attend(q=q, k=kv, v=kv, cu_q=cu, cu_k=cu):
+        return attention(q, k, v, cu_q, cu_k, 6, 6, debug=True)
 
     def cu_of(*counts):
         return cu_seqlens(counts, device)
@@ -614,6 +611,18 @@ def wrong(device):
         r"attention: cu_seqlens_q: expected to go .* steps of at least 0": lambda: attend(cu_q=cu_of(9, -3)),
         r"expected cu_seqlens_q and cu_seqlens_k of one length, found 3 and 2": lambda: attend(cu_q=cu_of(3, 3)),
         r"expected no more queries than keys, found 4 and 3": lambda: attend(cu_q=cu_of(4, 2), cu_k=cu_of(3, 3)),
+    }
+
+
+def wrong_others(device):
+    """Calls that the other launchers must refuse, by what they must say."""
+    q, kv, x, w = (torch.zeros(*s, device=device) for s in ((6, 4, 64), (6, 2, 64), (6, 64), (64,)))
+    cu, cos = cu_seqlens([6], device), torch.zeros(6, 64, device=device)
+
+    def rotate(q=q, kv=kv, w=w, cos=cos):
+        return qk_norm_rope(q, kv, w, w, EPS, cos, cos)
+
+    return {
         r"rms_norm: weight: expected \[H\] with H = 64, found \[63\]": lambda: rms_norm(x, w[1:], EPS),
         r"rms_norm: x: expected one to three dimensions": lambda: rms_norm(x[None, None], w, EPS),
         r"rms_norm: eps: expected more than 0, found 0": lambda: rms_norm(x, w, 0.0),
@@ -623,12 +632,13 @@ def wrong(device):
         r"qk_norm_rope: D: .* found 48": lambda: rotate(q[..., :48], kv[..., :48], w[:48], cos[:, :48]),
         r"swiglu: up: expected \[T, I\]": lambda: swiglu(x, x[:, 1:]),
         r"norm_pool: dim: expected 1 to 64, found 65": lambda: norm_pool(x, w, EPS, cu, 65, True),
-        r"norm_pool: cu_.* at least 1": lambda: norm_pool(x, w, EPS, cu_of(0, 6), 64, True, debug=True),
+        r"norm_pool: cu_.* at least 1": lambda: norm_pool(x, w, EPS, cu_seqlens([0, 6], device), 64, True, debug=True),
         r"norm_score: direction: expected \[64\] float32": lambda: norm_score(x, w, EPS, cu, w.half()),
     }
 
 
-def test_bad_input_is_refused_with_its_name(device):
+@pytest.mark.parametrize("wrong", [wrong_attention, wrong_others])
+def test_bad_input_is_refused_with_its_name(wrong, device):
     for message, call in wrong(device).items():
         with pytest.raises(InputError, match=message):
             call()
