@@ -3,9 +3,10 @@
     python bench/bench_kernels.py [--kernel attention ...] [--model 0.6B 4B 8B] [--out FOLDER] [--tune] [--tiny]
 
 bfloat16 on a GPU. Forward runs without autograd; backward is torch.autograd.grad of a graph built before, so that a
-custom op's and a compiled graph's own overhead on the device counts. Each side first computes the same random inputs as
-the reference in float32, outputs and all gradients; one that disagrees gets no number. Attention counts 4 D Hq FLOPs
-per visible pair, backward 2.5 times that; the other kernels count the bytes of their docstrings, whatever a side moves.
+custom op's and a compiled graph's own overhead on the device counts. Each engine first computes the same random inputs
+as the reference in float32, outputs and all gradients; one that disagrees gets no number. Attention counts 4 D Hq FLOPs
+per visible pair, backward 2.5 times that; the other kernels count the bytes of their docstrings, whatever an engine
+moves.
 
 --tune times every entry of CONFIGS, the default first. --tiny is a smoke test of this script with
 TRITON_INTERPRET=1, not of speed.
@@ -14,9 +15,8 @@ TRITON_INTERPRET=1, not of speed.
 import argparse
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 
-from qwen3core import reference
+from qwen3core import Qwen3Config, reference
+from qwen3core.batch import build_cu_seqlens
+from qwen3core.config import OFFICIAL_SIZES
 from qwen3core.kernels import attention, pooling, qk_norm_rope, rms_norm, swiglu
 from qwen3core.ops import Ops
 
-# Heads (query, key), hidden size, inner size of the MLP
-SIZES = {"0.6B": (16, 8, 1024, 3072), "4B": (32, 8, 2560, 9728), "8B": (32, 8, 4096, 12288)}
 D, EPS, MEAN_LENGTH = 128, 1e-6, 300
+TINY = replace(
+    OFFICIAL_SIZES["0.6B"], num_attention_heads=4, num_key_value_heads=2, hidden_size=64, intermediate_size=96
+)
 TOLERANCE = 2e-2
 """Relative Frobenius error against float32: bfloat16 operands give 1e-3 to 1e-2."""
 
@@ -44,15 +47,15 @@ DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 compiled = partial(torch.compile, backend="inductor" if DEVICE.type == "cuda" else "aot_eager")
 
 Prepare = Callable[[list[Tensor], list[Tensor]], Callable[[], Any]]
-"""(inputs, gradients of the outputs), both the side's own, to the call that is timed."""
+"""(inputs, gradients of the outputs), both the engine's own, to the call that is timed."""
 
 
 @dataclass
 class Case:
-    """One row of the table for each side; ``work`` is FLOPs or bytes."""
+    """One row of the table for each engine; ``work`` is FLOPs or bytes."""
 
     labels: dict[str, str]
-    sides: dict[str, Prepare]
+    engines: dict[str, Prepare]
     inputs: list[Tensor]
     douts: list[Tensor]
     expected: list[Tensor]
@@ -82,11 +85,11 @@ def listed(outs: Any) -> list[Tensor]:
 
 
 def measure(case: Case, repeats: int) -> dict[str, harness.Timing]:
-    """The sides that agree with the reference, timed; the others' errors."""
-    results, runs = dict.fromkeys(case.sides), {}
-    for name, prepare in case.sides.items():
+    """The engines that agree with the reference, timed; the others' errors."""
+    results, runs = dict.fromkeys(case.engines), {}
+    for name, prepare in case.engines.items():
         try:
-            # Copies: some sides write into what they get.
+            # Copies: some engines write into what they get.
             inputs, douts = ([dynamic(x.clone()) for x in tensors] for tensors in (case.inputs, case.douts))
             run = prepare(inputs, douts)
             errors = [relative_error(*pair) for pair in zip(listed(run()), case.expected, strict=True)]
@@ -124,15 +127,11 @@ def spread(tokens: int, mean: int) -> list[int]:
     return [int(length) for length in numpy.diff(ends, prepend=0) if length]
 
 
-def cumulated(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=DEVICE)
-
-
 # Attention
 
 
-def attention_cases(direction: str, size: tuple[int, ...], tiny: bool, tune: bool):
-    hq, hkv, *_ = size
+def attention_cases(direction: str, size: Qwen3Config, tiny: bool, tune: bool):
+    hq, hkv = size.num_attention_heads, size.num_key_value_heads
     equal, totals, mean = ([(2, 16)], [40], 8) if tiny else (
         [(32, 512), (16, 1024), (4, 4096), (2, 8192), (1, 16384)], [16384, 65536], MEAN_LENGTH
     )  # fmt: skip
@@ -143,12 +142,12 @@ def attention_cases(direction: str, size: tuple[int, ...], tiny: bool, tune: boo
         batches[f"spread {total}, random"] = lengths
     for name, lengths in batches.items():
         torch.manual_seed(0)
-        T, cu = sum(lengths), cumulated(lengths)
+        T, cu = sum(lengths), build_cu_seqlens(lengths).to(DEVICE)
         inputs, dout = [randn(T, hq, D), randn(T, hkv, D), randn(T, hkv, D)], randn(T, hq, D)
         expected = attention_expected(*inputs, cu, dout, direction)
         work = 4 * D * hq * sum(n * (n + 1) // 2 for n in lengths) * (2.5 if direction == "backward" else 1)
-        sides = (attention_configs if tune else attention_sides)(direction, inputs[0], cu, lengths)
-        yield Case({"batch": name}, sides, inputs, [dout], expected, work)
+        engines = (attention_configs if tune else attention_engines)(direction, inputs[0], cu, lengths)
+        yield Case({"batch": name}, engines, inputs, [dout], expected, work)
 
 
 def attention_expected(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, dout: Tensor, direction: str) -> list[Tensor]:
@@ -162,8 +161,8 @@ def attention_expected(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, dout: Tensor
     return [torch.cat(heads, dim=1) for heads in zip(*parts, strict=True)]
 
 
-def attention_sides(direction: str, q: Tensor, cu: Tensor, lengths: list[int]) -> dict[str, Prepare]:
-    longest, turn = max(lengths), DIRECTIONS[direction]
+def attention_engines(direction: str, q: Tensor, cu: Tensor, lengths: list[int]) -> dict[str, Prepare]:
+    longest, prepared = max(lengths), DIRECTIONS[direction]
 
     def ours(q, k, v):
         return attention.attention(q, k, v, cu, cu, longest, longest)
@@ -181,17 +180,17 @@ def attention_sides(direction: str, q: Tensor, cu: Tensor, lengths: list[int]) -
 
         return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
 
-    sides = {"ours": turn(ours), "torch varlen": turn(varlen), "flash_attn": turn(flash_attn)}
-    sides["FlexAttention"] = flex(turn, cu)
+    engines = {"ours": prepared(ours), "torch varlen": prepared(varlen), "flash_attn": prepared(flash_attn)}
+    engines["FlexAttention"] = flex(prepared, cu)
     if direction == "forward":
-        sides["FlashInfer"] = partial(flashinfer, cu)
+        engines["FlashInfer"] = partial(flashinfer, cu)
     if len(set(lengths)) == 1:
-        sides["SDPA flash"] = sdpa(turn, SDPBackend.FLASH_ATTENTION, longest)
-        sides["SDPA cuDNN"] = sdpa(turn, SDPBackend.CUDNN_ATTENTION, longest)
-    return sides
+        engines["SDPA flash"] = sdpa(prepared, SDPBackend.FLASH_ATTENTION, longest)
+        engines["SDPA cuDNN"] = sdpa(prepared, SDPBackend.CUDNN_ATTENTION, longest)
+    return engines
 
 
-def sdpa(turn: Callable[[Callable], Prepare], backend: SDPBackend, length: int) -> Prepare:
+def sdpa(prepared: Callable[[Callable], Prepare], backend: SDPBackend, length: int) -> Prepare:
     """One of SDPA's backends; it gets views, since they take packed strides as they are."""
 
     def function(q, k, v):
@@ -202,18 +201,18 @@ def sdpa(turn: Callable[[Callable], Prepare], backend: SDPBackend, length: int) 
 
     def prepare(inputs, douts):
         try:
-            run = turn(function)(inputs, douts)
+            run = prepared(function)(inputs, douts)
             run()
             return run
         except RuntimeError:  # no groups: keys and values for every query head, made here, outside the timed region
             q, k, v = (x.detach() for x in inputs)
             repeated = [x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (q, k, v)]
-            return turn(function)(repeated, douts)
+            return prepared(function)(repeated, douts)
 
     return prepare
 
 
-def flex(turn: Callable[[Callable], Prepare], cu: Tensor) -> Prepare:
+def flex(prepared: Callable[[Callable], Prepare], cu: Tensor) -> Prepare:
     """One row of all tokens and a block mask of documents, also for equal lengths: one compilation for each T."""
 
     def prepare(inputs, douts):
@@ -228,7 +227,7 @@ def flex(turn: Callable[[Callable], Prepare], cu: Tensor) -> Prepare:
             batched = [x.transpose(0, 1)[None] for x in tensors]
             return run(*batched, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
-        return turn(function)(inputs, douts)
+        return prepared(function)(inputs, douts)
 
     return prepare
 
@@ -276,17 +275,17 @@ class Rows:
     liger: Callable | None = None
 
 
-def rms_norm_rows(size: tuple[int, ...], T: int, b: int) -> Rows:
+def rms_norm_rows(size: Qwen3Config, T: int, b: int) -> Rows:
     def formula(norm, x, w):
         return norm(x, w, EPS)
 
-    H = size[2]
+    H = size.hidden_size
     work = {"forward": 2 * T * H * b, "backward": 3 * T * H * b}
     ours = partial(rms_norm.rms_norm, eps=EPS)
     return Rows([randn(T, H), randn(H)], ours, formula, work, rms_norm.CONFIGS, liger_norm)
 
 
-def add_rms_norm_rows(size: tuple[int, ...], T: int, b: int) -> Rows:
+def add_rms_norm_rows(size: Qwen3Config, T: int, b: int) -> Rows:
     def ours(x, w, residual, **options):
         return rms_norm.add_rms_norm(x, w, EPS, residual, **options)
 
@@ -294,12 +293,12 @@ def add_rms_norm_rows(size: tuple[int, ...], T: int, b: int) -> Rows:
         s = x + residual
         return norm(s, w, EPS), s
 
-    H = size[2]
+    H = size.hidden_size
     work = {"forward": 4 * T * H * b, "backward": 4 * T * H * b}
     return Rows([randn(T, H), randn(H), randn(T, H)], ours, formula, work, rms_norm.CONFIGS)
 
 
-def qk_norm_rope_rows(size: tuple[int, ...], T: int, b: int) -> Rows:
+def qk_norm_rope_rows(size: Qwen3Config, T: int, b: int) -> Rows:
     def formula(norm, q, k, wq, wk):
         return tuple(reference.rope(norm(x, w, EPS), cos, sin) for x, w in ((q, wq), (k, wk)))
 
@@ -309,7 +308,7 @@ def qk_norm_rope_rows(size: tuple[int, ...], T: int, b: int) -> Rows:
         q, k = (liger_norm(x, w).transpose(0, 1)[None] for x, w in ((q, wq), (k, wk)))
         return [x[0].transpose(0, 1) for x in LigerRopeFunction.apply(q, k, cos[None], sin[None])]
 
-    hq, hkv, *_ = size
+    hq, hkv = size.num_attention_heads, size.num_key_value_heads
     angles = torch.rand(T, D // 2, device=DEVICE).mul(6.28).repeat(1, 2)
     cos, sin = (dynamic(x.to(DTYPE)) for x in (angles.cos(), angles.sin()))
     inputs = [randn(T, hq, D), randn(T, hkv, D), randn(D), randn(D)]
@@ -318,7 +317,7 @@ def qk_norm_rope_rows(size: tuple[int, ...], T: int, b: int) -> Rows:
     return Rows(inputs, ours, formula, work, qk_norm_rope.CONFIGS, liger)
 
 
-def swiglu_rows(size: tuple[int, ...], T: int, b: int) -> Rows:
+def swiglu_rows(size: Qwen3Config, T: int, b: int) -> Rows:
     def formula(norm, gate, up):
         return reference.swiglu(gate, up)
 
@@ -327,18 +326,18 @@ def swiglu_rows(size: tuple[int, ...], T: int, b: int) -> Rows:
 
         return LigerSiLUMulFunction.apply(gate, up)
 
-    inner = size[3]
+    inner = size.intermediate_size
     work = {"forward": 3 * T * inner * b, "backward": 5 * T * inner * b}
     return Rows([randn(T, inner), randn(T, inner)], swiglu.swiglu, formula, work, swiglu.CONFIGS, liger)
 
 
-def pooling_rows(kind: str, size: tuple[int, ...], T: int, b: int) -> Rows:
+def pooling_rows(kind: str, size: Qwen3Config, T: int, b: int) -> Rows:
     """Sequences of spread lengths. Backward by the least there is to move: dx written, the rows that count read.
 
-    The torch sides, too, take the last rows before the norm.
+    The torch engines, too, take the last rows before the norm.
     """
-    H, lengths = size[2], spread(T, min(MEAN_LENGTH, T // 4))
-    N, cu = len(lengths), cumulated(lengths)
+    H, lengths = size.hidden_size, spread(T, min(MEAN_LENGTH, T // 4))
+    N, cu = len(lengths), build_cu_seqlens(lengths).to(DEVICE)
     last, ends = dynamic(cu[1:].long() - 1), torch.arange(N + 1, device=DEVICE)
     sequence, count = torch.arange(N, device=DEVICE).repeat_interleave(cu.diff()), cu.diff()[:, None]
     yes_no = torch.randn(2, H, device=DEVICE) / H**0.5
@@ -380,19 +379,19 @@ ROWS = {
 }
 
 
-def rows_cases(kernel: str, size: tuple[int, ...], tiny: bool, tune: bool):
+def rows_cases(kernel: str, size: Qwen3Config, tiny: bool, tune: bool):
     for T in [24] if tiny else [1024, 16384, 65536]:
         torch.manual_seed(0)
         rows = ROWS[kernel](size, T, DTYPE.itemsize)
         douts, expected = rows_expected(rows, torch.float32 if kernel in POOLING else DTYPE)
         for direction in ["forward"] if tune else DIRECTIONS:
-            turn = DIRECTIONS[direction]
+            prepared = DIRECTIONS[direction]
             if tune:
-                sides = {str(config): turn(partial(rows.ours, config=config)) for config in rows.configs}
+                engines = {str(config): prepared(partial(rows.ours, config=config)) for config in rows.configs}
             else:
-                sides = {name: turn(function) for name, function in row_functions(kernel, rows).items()}
+                engines = {name: prepared(function) for name, function in row_functions(kernel, rows).items()}
             labels = {"direction": direction, "T": str(T)}
-            yield Case(labels, sides, rows.inputs, douts, expected[direction], rows.bytes[direction])
+            yield Case(labels, engines, rows.inputs, douts, expected[direction], rows.bytes[direction])
 
 
 def rows_expected(rows: Rows, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
@@ -424,8 +423,8 @@ KERNELS = {
 
 def rows_of(kernel: str, model: str, case: Case, repeats: int, ceilings: dict[str, float]):
     unit, scale, ceiling = ("GB/s", 1e6, "copy_gbs") if kernel in ROWS else ("TFLOP/s", 1e9, "matmul_tflops")
-    for side, timing in measure(case, repeats).items():
-        row = {"kernel": kernel, "model": model, **case.labels, "side": side, **timing}
+    for engine, timing in measure(case, repeats).items():
+        row = {"kernel": kernel, "model": model, **case.labels, "engine": engine, **timing}
         if "error" not in timing:
             rate = case.work / timing["p50"] / scale
             row |= {unit: rate, "share": rate / ceilings[ceiling]}
@@ -446,14 +445,14 @@ def show(row: dict, first: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
-    parser.add_argument("--model", nargs="+", choices=SIZES, default=["0.6B", "8B"])
+    parser.add_argument("--model", nargs="+", choices=OFFICIAL_SIZES, default=["0.6B", "8B"])
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="default: bench/results; with --tiny: none")
     parser.add_argument("--tune", action="store_true", help="every configuration of ours in place of the contenders")
     parser.add_argument("--tiny", action="store_true", help="minute sizes: a smoke test, also without a GPU")
     args = parser.parse_args()
     if DEVICE.type == "cpu" and not args.tiny:
         parser.error("expected a GPU; without one --tiny, with TRITON_INTERPRET=1 in the environment")
-    sizes = {"tiny": (4, 2, 64, 96)} if args.tiny else {model: SIZES[model] for model in args.model}
+    sizes = {"tiny": TINY} if args.tiny else {model: OFFICIAL_SIZES[model] for model in args.model}
     folder = args.out or (None if args.tiny else harness.RESULTS)
     torch._functorch.config.donated_buffer = False  # a compiled graph's backward is run many times
     environment, ceilings = harness.environment(DEVICE), harness.ceilings(DEVICE, DTYPE)
@@ -469,7 +468,7 @@ def main() -> None:
                     found.append(row)
                 timed = [row for row in rows if "share" in row]
                 if args.tune and timed:
-                    print(f"best: {max(timed, key=lambda row: row['share'])['side']}")
+                    print(f"best: {max(timed, key=lambda row: row['share'])['engine']}")
         if folder:
             harness.save(folder, f"{kernel}_tune" if args.tune else kernel, found, environment, ceilings)
 

@@ -25,6 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from qwen3core.batch import build_cu_seqlens
+from qwen3core.config import OFFICIAL_SIZES
 from qwen3core.kernels import attention, launch, pooling, qk_norm_rope, rms_norm, swiglu
 
 TARGETS = {
@@ -36,8 +38,8 @@ TARGETS = {
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 """Bytes for one block: CUDA programming guide, technical specifications; CDNA 3 instruction set, LDS."""
 KERNELS = ("attention", "rms_norm", "qk_norm_rope", "swiglu", "pooling")
-# Heads (query, key) and hidden sizes: 0.6B, 8B
-SIZES = {"0.6B": (16, 8, 1024, 3072), "8B": (32, 8, 4096, 12288)}
+SIZES = ("0.6B", "8B")
+"""The official sizes that kernels are compiled for, the smallest and the largest."""
 
 
 class Pretender:
@@ -54,6 +56,13 @@ class Pretender:
 
     def get_current_stream(self, device):
         return 0
+
+
+def launches(file, configs, *functions):
+    """Cases of a file's functions in each configuration, the first of which is the default."""
+    for config in configs:
+        for function in functions:
+            yield file, config == configs[0], partial(function, config=config)
 
 
 @contextmanager
@@ -75,20 +84,14 @@ def compiling(target, compiled):
 def cases(target, size):
     """(kernel's file, default?, launch) of all that is to be compiled, defaults first."""
     driver.set_active(Pretender(target))
-    hq, hkv, hidden, inner = SIZES[size]
-    q, k = (torch.empty(64, heads, 128, dtype=torch.bfloat16) for heads in (hq, hkv))
-    x, gate = (torch.empty(64, width, dtype=torch.bfloat16) for width in (hidden, inner))
+    model = OFFICIAL_SIZES[size]
+    hq, hkv, D = model.num_attention_heads, model.num_key_value_heads, model.head_dim
+    q, k = (torch.empty(64, heads, D, dtype=torch.bfloat16) for heads in (hq, hkv))
+    x, gate = (torch.empty(64, n, dtype=torch.bfloat16) for n in (model.hidden_size, model.intermediate_size))
     w, head_w, cos, lse = x[0], q[0, 0], q[:, 0].contiguous(), torch.empty(64, hq)
-    cu = torch.tensor([0, 32, 64], dtype=torch.int32)
-    saved, turned = (q, lse, q, k, k, q, lse, cu, cu, True), (q, k, head_w, head_w, 1e-6, cos, cos)
-
+    cu = build_cu_seqlens([32, 32])
+    saved, qk = (q, lse, q, k, k, q, lse, cu, cu, True), (q, k, head_w, head_w, 1e-6, cos, cos)
     family = attention._family(q)
-
-    def launches(file, configs, *functions):
-        for config in configs:
-            for function in functions:
-                yield file, config == configs[0], partial(function, config=config)
-
     forward, dq, dkdv = (attention.CONFIGS[name][family] for name in ("forward", "dq", "dkdv"))
     yield from launches("attention", forward, partial(attention.attention, q, k, k, cu, cu, 32, 32))
     yield from launches("attention", dq, lambda config: attention.attention_backward(*saved, config, dkdv[0]))
@@ -97,8 +100,8 @@ def cases(target, size):
     yield from launches("rms_norm", rms_norm.CONFIGS, rows, added)
     yield "rms_norm", True, partial(rms_norm.rms_norm_backward, x, None, x, w, 1e-6)
     yield "rms_norm", True, partial(rms_norm.rms_norm_backward, x, x, x, w, 1e-6)
-    yield from launches("qk_norm_rope", qk_norm_rope.CONFIGS, partial(qk_norm_rope.qk_norm_rope, *turned))
-    yield "qk_norm_rope", True, partial(qk_norm_rope.qk_norm_rope_backward, q, k, *turned)
+    yield from launches("qk_norm_rope", qk_norm_rope.CONFIGS, partial(qk_norm_rope.qk_norm_rope, *qk))
+    yield "qk_norm_rope", True, partial(qk_norm_rope.qk_norm_rope_backward, q, k, *qk)
     yield from launches("swiglu", swiglu.CONFIGS, partial(swiglu.swiglu, gate, gate))
     yield "swiglu", True, partial(swiglu.swiglu_backward, gate, gate, gate)
     last, mean = (partial(pooling.norm_pool, x, w, 1e-6, cu, 256, True, mean=mean) for mean in (False, True))
