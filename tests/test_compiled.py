@@ -22,13 +22,12 @@ KERNELS = {
 }
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("compiled")
+def compile_all(folder, *jobs):
+    """The rows of bench/compiled.py for each list of options, all at the same time."""
     runs = []
-    for targets in (["sm_80", "gfx942"], ["sm_90", "sm_100"]):  # two processors, two processes
-        file = folder / f"{targets[0]}.json"
-        command = [sys.executable, ROOT / "bench" / "compiled.py", "--json", file, "--target", *targets]
+    for n, options in enumerate(jobs):
+        file = folder / f"{n}.json"
+        command = [sys.executable, ROOT / "bench" / "compiled.py", "--json", file, *options]
         runs.append((file, subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)))
     found = []
     for file, run in runs:
@@ -38,19 +37,38 @@ def rows(tmp_path_factory):
     return found
 
 
+def test_small_kernels_compile_for_hopper(tmp_path):
+    """What is quick to compile, in the default configurations."""
+    rows = compile_all(tmp_path, ["--target", "sm_90", "--defaults", "--kernel", "rms_norm", "swiglu", "pooling"])
+    attention_and_rope = {"attention_kernel", "dq_kernel", "dkdv_kernel", *(k for k in KERNELS if k.startswith("qk_"))}
+    assert {row["kernel"] for row in rows} == KERNELS - attention_and_rope
+    assert [row for row in rows if row["spill"] or row["shared"] > row["of"]] == []
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Every kernel for every target: two processors, two processes."""
+    jobs = (["--target", "sm_80", "gfx942"], ["--target", "sm_90", "sm_100"])
+    return compile_all(tmp_path_factory.mktemp("compiled"), *jobs)
+
+
+@pytest.mark.slow
 def test_every_kernel_compiles_for_every_target(rows):
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
         assert {row["kernel"] for row in rows if row["target"] == target and row["default"]} == KERNELS, target
 
 
+@pytest.mark.slow
 def test_default_configurations_do_not_spill(rows):
     assert [row for row in rows if row["default"] and row["spill"]] == []
 
 
+@pytest.mark.slow
 def test_every_configuration_fits_into_shared_memory(rows):
     assert [row for row in rows if row["shared"] > row["of"]] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["attention_kernel", "dq_kernel", "dkdv_kernel"])
 def test_attention_uses_hoppers_tensor_cores(rows, kernel):
     found = [row["tensor"] for row in rows if (row["target"], row["kernel"]) == ("sm_90", kernel)]
