@@ -43,13 +43,14 @@ import triton.language as tl
 from torch import Tensor
 
 from qwen3core.errors import InputError
-from qwen3core.reference import sequences
+from qwen3core.reference import declare, sequences
 
 from .launch import INTERPRETED, check, check_cu_seqlens, launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
+@declare(causal=True)
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
     *, causal: bool = True, return_lse: bool = False, debug: bool = False, config: Sequence[int] = (),

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qwen3core.errors import InputError
+from qwen3core.reference import declare, pool
 
 from .launch import check, check_cu_seqlens, launch
 from .rms_norm import normed, rms_norm, rms_norm_backward
@@ -30,6 +31,7 @@ MEAN_ROWS = 4
 """Rows that the mean reads at a time."""
 
 
+@declare(last_token=True, parts={"rms_norm": rms_norm, "pool": pool})
 def norm_pool(
     x: Tensor, weight: Tensor, eps: float, cu_seqlens: Tensor, dim: int, normalize: bool, *, mean: bool = False,
     debug: bool = False, config: Sequence[int] = CONFIGS[0],
@@ -41,6 +43,7 @@ def norm_pool(
     return _pool(x, weight, eps, cu_seqlens, dim, normalize, mean, debug, config)[0]
 
 
+@declare(last_token=True, parts={"rms_norm": rms_norm, "pool": pool})
 def norm_score(
     x: Tensor, weight: Tensor, eps: float, cu_seqlens: Tensor, direction: Tensor, *, debug: bool = False,
     config: Sequence[int] = CONFIGS[0],

@@ -23,13 +23,16 @@ import triton.language as tl
 from torch import Tensor
 
 from qwen3core.errors import InputError
+from qwen3core.reference import declare, rope
 
 from .launch import check, launch
+from .rms_norm import rms_norm
 
 # (tokens of a program, warps); the first is the default
 CONFIGS = ((4, 8), (2, 4), (1, 4), (4, 4))
 
 
+@declare(row_wise=True, parts={"rms_norm": rms_norm, "rope": rope})
 def qk_norm_rope(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos: Tensor, sin: Tensor,
     *, config: Sequence[int] = CONFIGS[0],

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qwen3core.errors import InputError
+from qwen3core.reference import declare
 
 from .launch import check, launch
 
@@ -31,11 +32,13 @@ from .launch import check, launch
 CONFIGS = ((4096, 4), (4096, 8), (8192, 8), (2048, 4))
 
 
+@declare(row_wise=True)
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, config: Sequence[int] = CONFIGS[0]) -> Tensor:
     """x [H], [T, H] or [T, heads, H], strided but along H, and weight [H], same dtype: y like x, contiguous."""
     return _forward(x, weight, eps, None, config)[0]
 
 
+@declare(row_wise=True, parts={"rms_norm": rms_norm})
 def add_rms_norm(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor, *, config: Sequence[int] = CONFIGS[0]
 ) -> tuple[Tensor, Tensor]:

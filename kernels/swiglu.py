@@ -16,12 +16,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qwen3core.reference import declare
+
 from .launch import check, launch
 
 # (rows and columns of a tile, warps); the first is the default
 CONFIGS = ((8, 512, 8), (4, 512, 4), (8, 512, 4), (2, 1024, 4))
 
 
+@declare(row_wise=True)
 def swiglu(gate: Tensor, up: Tensor, *, config: Sequence[int] = CONFIGS[0]) -> Tensor:
     """gate, up [T, I], rows strided at will, same dtype: silu(gate) * up [T, I], contiguous."""
     return _forward(gate, up, config)

@@ -22,6 +22,7 @@ from qwen3core.kernels.pooling import norm_pool, norm_score
 from qwen3core.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_
 from qwen3core.kernels.rms_norm import add_rms_norm, rms_norm
 from qwen3core.kernels.swiglu import swiglu
+from qwen3core.reference import declare
 
 if launch.INTERPRETED:
     use_exact_dot()
@@ -576,8 +577,18 @@ def test_replacing_a_part_drops_what_is_fused_with_it():
     other_rope = dataclasses.replace(ops, rope=lambda *args: args)
     assert other_rope.qk_norm_rope is None
     assert other_rope.add_rms_norm is ops.add_rms_norm
-    both = dataclasses.replace(ops, rms_norm=reference.rms_norm, qk_norm_rope=print)
-    assert both.qk_norm_rope is print  # given anew, in the same breath
+
+    @declare(row_wise=True, parts={"rms_norm": reference.rms_norm, "rope": reference.rope})
+    def mine_fused(*args):
+        raise NotImplementedError
+
+    both = dataclasses.replace(ops, rms_norm=reference.rms_norm, qk_norm_rope=mine_fused)
+    assert both.qk_norm_rope is mine_fused  # given anew, in the same breath
+    assert both.shortcuts
+    with pytest.raises(InputError, match=r"ops: norm_pool: expected a function with reference.declare\(parts"):
+        dataclasses.replace(ops, norm_pool=lambda *args: norm_pool(*args))
+    mean = declare(parts={"rms_norm": ops.rms_norm, "pool": ops.pool})(lambda *args: norm_pool(*args, mean=True))
+    assert not dataclasses.replace(ops, norm_pool=mean).shortcuts
     assert "norm_pool" in repr(ops)
     assert "norm_pool" not in repr(mine)
 
