@@ -3,8 +3,8 @@
     model.ops = dataclasses.replace(model.ops, rms_norm=mine)     # swaps it everywhere, q_norm and k_norm included
 
 Some kernels do several operations at once. Such a fused operation declares the parts that it stands for, and a set
-uses it only while each of these is the set's own: with one part replaced, the fused operation is dropped. ``repr`` shows
-what a set uses. An operation that cannot take an input raises and says why.
+uses it only while each of these is the set's own: with one part replaced, the fused operation is dropped. ``repr``
+shows what a set uses. An operation that cannot take an input raises and says why.
 
 What a set allows, it knows from what its functions declare (``reference.declare``). A function that declares nothing is
 right everywhere, and slower: the model then takes no shortcut around it.

@@ -4,8 +4,8 @@ import json
 import os
 from pathlib import Path
 
-# Before torch is imported, which starts OpenMP: its threads wait for each other by spinning, unless told otherwise. On busy
-# cores a test of small models then took 191 s, 72 s of CPU, in place of 28 s and 10 s (Zen 3, load 9 on two cores).
+# Before torch is imported, which starts OpenMP: its threads wait for each other by spinning, unless told otherwise. On
+# busy cores a test of small models then took 191 s, 72 s of CPU, in place of 28 s and 10 s (Zen 3, two cores, load 9).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest

@@ -11,11 +11,14 @@ import pytest
 import torch
 from tolerances import BF16_RATIO, EMBEDDING_FP32, SCORE_FP32
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from qwen3core import Embedder, Reranker, Tokenizer, capture, load_model, pack
 from qwen3core.parity import parity
 
+pytest.importorskip("transformers")
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+SLOW_SETS = ["torch", *(pytest.param(ops, marks=pytest.mark.slow) for ops in ("reference", "prepacked"))]
 TASK = "Given a question, retrieve the passage that answers it"
 SENTENCES = (
     "Gravity pulls two bodies towards each other. ",
@@ -130,7 +133,7 @@ def test_hidden_states_are_bit_identical(embedding_dir, dtype):
     check_bit_identity(embedding_dir, dtype)
 
 
-@pytest.mark.parametrize("ops", ["reference", "torch", "prepacked"])
+@pytest.mark.parametrize("ops", SLOW_SETS)
 def test_bf16_error_is_no_larger_than_transformers(embedding_dir, reranker_dir, ops):
     exact = our_embeddings(embedding_dir, torch.float64, "reference", 64)
     theirs = (transformers_embeddings(embedding_dir, torch.bfloat16, 64) - exact).norm()
@@ -142,7 +145,7 @@ def test_bf16_error_is_no_larger_than_transformers(embedding_dir, reranker_dir, 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("ops", ["reference", "torch", "prepacked"])
+@pytest.mark.parametrize("ops", SLOW_SETS)
 @pytest.mark.parametrize("kind", ["embedding", "reranker"])
 def test_parity_report(request, kind, ops, dtype):
     directory = request.getfixturevalue(f"{kind}_dir")

@@ -1,4 +1,4 @@
-"""Shortcuts ask first: what is left out, shared or cached holds for any ops, after any change, in threads, in copies."""
+"""Shortcuts ask first: what is left out, shared or cached holds for any ops, change, thread and copy."""
 
 import copy
 import dataclasses

@@ -12,13 +12,17 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from tolerances import SAME_TEXT_FP32
-from transformers import AutoTokenizer
 
 from qwen3core import Embedder, InputError, Qwen3CoreError, Reranker, Tokenizer, prompts
 from qwen3core.weights.synthesize import synthesize
+
+pytest.importorskip("hypothesis")
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("transformers")
+from transformers import AutoTokenizer
 
 # The templates of the model cards, copied and not imported: both may not be wrong in the same way.
 EOS = "<|endoftext|>"
@@ -547,6 +551,7 @@ def test_template_longer_than_max_length(reranker_dir):
         reranker.predict([("a", "b")])
 
 
+@pytest.mark.slow
 def test_ten_million_characters_of_words(short_embedder):
     with pytest.warns(UserWarning, match="1 of 2 inputs .*truncated"):
         vectors = short_embedder.encode(["ab ", "ab " * 3_333_334])
@@ -554,6 +559,7 @@ def test_ten_million_characters_of_words(short_embedder):
         close(vectors[1], short_embedder.encode("ab " * 1000))
 
 
+@pytest.mark.slow
 def test_ten_million_letters_without_a_space(reranker_dir):
     tok = Tokenizer(reranker_dir / "tokenizer.json")
     [empty] = tok.reranking([""], 1000)
