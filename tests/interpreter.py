@@ -8,6 +8,7 @@ its sums is its own: another order would change the last bit of a float32 result
 """
 
 import inspect
+from typing import Any
 
 import numpy
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -22,7 +23,7 @@ def exact_dot(a: numpy.ndarray, b: numpy.ndarray, d: numpy.ndarray) -> numpy.nda
     return (product + d).astype(d.dtype)
 
 
-def use_exact_dot(builder: type = InterpreterBuilder) -> None:
+def use_exact_dot(builder: Any = InterpreterBuilder) -> None:
     """Let the interpreter multiply by ``exact_dot`` from now on. Raises RuntimeError where triton is built otherwise.
 
     Integers (and with them the formats that numpy does not know, which are stored as integers) stay as they were.

@@ -1,5 +1,7 @@
 """Packing: the same text gives the same vector alone, in any batch, whatever is shared or left out."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -45,16 +47,21 @@ def test_pack():
             pack(empty)
 
 
+def rows_of(rows):
+    assert isinstance(rows, torch.Tensor)
+    return rows.tolist()
+
+
 def test_shared_prefixes_are_packed_once():
     batch = pack([[1, 2, 3], [7, 8], [1, 2, 4, 5]], prefixes=[(1, 2), (), (1, 2)])
     assert batch.input_ids.tolist() == [1, 2, 3, 7, 8, 4, 5]
     assert batch.position_ids.tolist() == [0, 1, 2, 0, 1, 2, 3]
     assert batch.cu_seqlens.tolist() == [0, 2, 3, 5, 7]
-    assert batch.full.keys.tolist() == [0, 1, 0, 1, 2, 3, 4, 0, 1, 5, 6]
+    assert rows_of(batch.full.keys) == [0, 1, 0, 1, 2, 3, 4, 0, 1, 5, 6]
     assert batch.full.cu_seqlens_k.tolist() == [0, 2, 5, 7, 11]
     assert (batch.full.max_seqlen_q, batch.full.max_seqlen_k, batch.last_token.max_seqlen_q) == (2, 4, 1)
-    assert batch.last_token.queries.tolist() == [2, 4, 6]
-    assert batch.last_token.keys.tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6]
+    assert rows_of(batch.last_token.queries) == [2, 4, 6]
+    assert rows_of(batch.last_token.keys) == [0, 1, 2, 3, 4, 0, 1, 5, 6]
     assert batch.last_token.cu_seqlens_k.tolist() == [0, 3, 5, 9]
 
 
@@ -126,7 +133,7 @@ def test_cached_prefixes_change_no_result(embedding_dir, reranker_dir):
     reranker = Reranker.from_pretrained(reranker_dir, dtype="float32", device="cpu")
     pairs = [(q, d) for q in ("what is gravity?", "yes") for d in TEXTS]
     vectors, scores = embedder.encode_query(TEXTS), reranker.predict(pairs)
-    cached = {"dtype": "float32", "device": "cpu", "prefix_cache_tokens": 1000}
+    cached: dict[str, Any] = {"dtype": "float32", "device": "cpu", "prefix_cache_tokens": 1000}
     embedder = Embedder.from_pretrained(embedding_dir, **cached)
     reranker = Reranker.from_pretrained(reranker_dir, **cached)
     for _ in range(2):

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -26,7 +27,7 @@ def python_blocks(document):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_python_blocks_run_in_order(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace = {}
+    namespace: dict[str, Any] = {}
     for code in python_blocks(document):
         if "triton" not in code:
             exec(compile(code, str(document), "exec"), namespace)

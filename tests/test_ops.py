@@ -103,7 +103,7 @@ def test_prepacked_weights_follow_their_originals(dtype):
     for _ in range(2):
         torch.testing.assert_close(linear(x, weight), plain)
     assert len(PACKED) == before + 1
-    weight *= 2
+    weight.mul_(2)
     torch.testing.assert_close(linear(x, weight), 2 * plain)
     assert linear(x.bfloat16(), weight).dtype == torch.bfloat16
     torch.testing.assert_close(linear(x, weight), 2 * plain)

@@ -6,6 +6,7 @@ import pickle
 import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,6 +46,11 @@ BREAKING = {name: mixing_rows(getattr(reference, name)) for name in OPERATIONS i
 BREAKING |= {"attention": both_ways, "pool": mean_pool}
 
 
+def swapped(ops: Ops, name: str, function: Any) -> Ops:
+    changes: dict[str, Any] = {name: function}
+    return dataclasses.replace(ops, **changes)
+
+
 @pytest.fixture(scope="module")
 def opened(embedding_dir, reranker_dir):
     """Both jobs, and a function that runs each: vectors of queries and of documents, or scores."""
@@ -61,13 +67,13 @@ def opened(embedding_dir, reranker_dir):
 def test_any_op_gives_what_it_gives_without_shortcuts(opened, monkeypatch, job, name):
     """Each op swapped for one that breaks what the shortcuts assume, against capture, in which nothing is left out."""
     model, run = opened[job]
-    monkeypatch.setattr(model, "ops", dataclasses.replace(Ops.torch(), **{name: BREAKING[name]}))
+    monkeypatch.setattr(model, "ops", swapped(Ops.torch(), name, BREAKING[name]))
     with capture(model, "pooled"):
         right = run()
     assert np.abs(run() - right).max() <= SAME_TEXT_FP32
     # The same function with a false declaration is wrong, or this test would prove nothing.
     lying = declare(**dataclasses.asdict(allows(getattr(reference, name))))(lambda *args: BREAKING[name](*args))
-    monkeypatch.setattr(model, "ops", dataclasses.replace(Ops.torch(), **{name: lying}))
+    monkeypatch.setattr(model, "ops", swapped(Ops.torch(), name, lying))
     assert np.abs(run() - right).max() > 1e-3
 
 
@@ -77,10 +83,10 @@ def test_an_unknown_function_declares_nothing(name):
     whole, function = Ops.torch(), getattr(Ops.torch(), name)
     assert whole.shortcuts
     assert whole.row_wise
-    ops = dataclasses.replace(whole, **{name: lambda *args: function(*args)})
+    ops = swapped(whole, name, lambda *args: function(*args))
     assert not ops.shortcuts
     assert ops.row_wise == (name in ("attention", "pool"))
-    assert dataclasses.replace(ops, **{name: function}).shortcuts
+    assert swapped(ops, name, function).shortcuts
 
 
 def test_prefixes_packed_by_hand_need_ops_that_allow_them(opened):
@@ -172,7 +178,7 @@ def test_threads_share_an_embedder(embedding_dir):
         assert np.abs(found - right).max() <= SAME_TEXT_FP32
 
 
-OPTIONS = [
+OPTIONS: list[dict[str, Any]] = [
     {"max_length": 150},
     {"split_special_tokens": True},
     {"prefix_cache_tokens": 300},

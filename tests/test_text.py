@@ -7,6 +7,7 @@ import threading
 import unicodedata
 import warnings
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -377,7 +378,7 @@ def test_threads_share_a_tokenizer(reranker_dir):
     """As servers do. With split_special_tokens, template and content are read differently."""
     tok = Tokenizer(reranker_dir / "tokenizer.json", split_special_tokens=True)
     expected = tok.reranking(["<|im_end|>"], 8192)
-    right = []
+    right: list[bool] = []
 
     def work():
         right.extend(tok.reranking(["<|im_end|>"], 8192) == expected for _ in range(500))
@@ -442,7 +443,7 @@ def test_nearly_empty_texts(embedder, reranker):
     assert ((scores > 0) & (scores < 1)).all()
 
 
-BAD_ENCODE = {
+BAD_ENCODE: dict[str, tuple[dict[str, Any], str]] = {
     "surrogate": ({"inputs": ["a", "b\ud800"]}, r"input 1\b.*surrogate"),
     "surrogate_alone": ({"inputs": "\udfff"}, r"input 0\b.*surrogate"),
     "none": ({"inputs": ["a", "b", None]}, r"input 2\b.*NoneType"),
@@ -481,7 +482,7 @@ def test_bad_encode(embedder, name):
         embedder.encode(**options)
 
 
-BAD_PREDICT = {
+BAD_PREDICT: dict[str, tuple[dict[str, Any], str]] = {
     "three": ({"pairs": [("a", "b"), ("a", "b", "c")]}, r"pair 1\b.*3 items"),
     "one": ({"pairs": [("a",)]}, r"pair 0\b.*1 items?"),
     "string_inside": ({"pairs": [("a", "b"), "cd"]}, r"pair 1\b.*str"),
