@@ -78,8 +78,11 @@ def test_links_lead_somewhere(document):
 
 
 def test_the_readme_is_short_and_counts_lines_right():
+    """Each row of the reading order links files and says how many lines they have, within a tenth."""
     assert README.count("\n") <= 150
-    rows = re.findall(r"^\| \[[^\]]+\]\(([^)]+\.py)\).*?\| (\d+) \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| (\[[^|]+\.py\)) \| (\d+) \|", README, re.MULTILINE)
     assert len(rows) > 10
-    for file, lines in rows:
-        assert abs((ROOT / file).read_text("utf-8").count("\n") - int(lines)) <= 0.1 * int(lines), file
+    for links, lines in rows:
+        files = re.findall(r"\]\(([^)]+)\)", links)
+        counted = sum((ROOT / file).read_text("utf-8").count("\n") for file in files)
+        assert abs(counted - int(lines)) <= 0.1 * counted, files

@@ -508,7 +508,7 @@ def test_bad_predict(reranker, name):
         reranker.predict(**options)
 
 
-BAD_RANK = {
+BAD_RANK: dict[str, tuple[Any, dict[str, Any], str]] = {
     "one_text": (("q", "document"), {}, r"documents\b"),
     "int": (("q", 3), {}, r"documents\b.*int"),
     "none": (("q", None), {}, r"documents\b.*NoneType"),
