@@ -14,7 +14,7 @@ import numpy
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 ARGUMENTS = ["self", "a", "b", "d", "input_precision", "max_num_imprecise_acc"]
-"""Those of InterpreterBuilder.create_dot in triton 3.6 to 3.9."""
+"""The arguments of InterpreterBuilder.create_dot in triton 3.4 to 3.9."""
 
 
 def exact_dot(a: numpy.ndarray, b: numpy.ndarray, d: numpy.ndarray) -> numpy.ndarray:
@@ -34,7 +34,7 @@ def use_exact_dot(builder: Any = InterpreterBuilder) -> None:
             f"Triton's interpreter has no create_dot({', '.join(ARGUMENTS)}): adapt tests/interpreter.py"
         )
 
-    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
         if not all(numpy.issubdtype(x.data.dtype, numpy.floating) for x in (a, b, d)):
             return original(self, a, b, d, input_precision, max_num_imprecise_acc)
         return TensorHandle(exact_dot(a.data, b.data, d.data), d.dtype.scalar)
