@@ -144,19 +144,20 @@ def attention_cases(direction: str, size: Qwen3Config, tiny: bool, tune: bool):
         torch.manual_seed(0)
         T, cu = sum(lengths), build_cu_seqlens(lengths).to(DEVICE)
         inputs, dout = [randn(T, hq, D), randn(T, hkv, D), randn(T, hkv, D)], randn(T, hq, D)
-        expected = attention_expected(*inputs, cu, dout, direction)
+        expected = attention_expected(inputs, cu, dout, direction)
         work = 4 * D * hq * sum(n * (n + 1) // 2 for n in lengths) * (2.5 if direction == "backward" else 1)
         engines = (attention_configs if tune else attention_engines)(direction, inputs[0], cu, lengths)
         yield Case({"batch": name}, engines, inputs, [dout], expected, work)
 
 
-def attention_expected(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, dout: Tensor, direction: str) -> list[Tensor]:
+def attention_expected(inputs: list[Tensor], cu: Tensor, dout: Tensor, direction: str) -> list[Tensor]:
     """The reference in float32, one key head at a time: all scores at once would not fit."""
     parts, differentiate = [], direction == "backward"
-    for *inputs, dout_head in zip(*(x.float().chunk(k.shape[1], dim=1) for x in (q, k, v, dout)), strict=True):
-        leaves = [x.clone().requires_grad_(differentiate) for x in inputs]
+    key_heads = inputs[1].shape[1]
+    for *head, dout_head in zip(*(x.float().chunk(key_heads, dim=1) for x in (*inputs, dout)), strict=True):
+        q, k, v = leaves = [x.clone().requires_grad_(differentiate) for x in head]
         with torch.set_grad_enabled(differentiate):
-            out = reference.attention(*leaves, cu, cu, 0, 0)
+            out = reference.attention(q, k, v, cu, cu, 0, 0)
         parts.append(torch.autograd.grad(out, leaves, dout_head) if differentiate else [out])
     return [torch.cat(heads, dim=1) for heads in zip(*parts, strict=True)]
 
@@ -171,9 +172,9 @@ def attention_engines(direction: str, q: Tensor, cu: Tensor, lengths: list[int])
         from torch.nn.attention.varlen import varlen_attn
 
         accepted = inspect.signature(varlen_attn).parameters
-        causal = {"window_size": (-1, 0)} if "window_size" in accepted else {"is_causal": True}
-        grouped = {"enable_gqa": True} if "enable_gqa" in accepted else {}
-        return varlen_attn(q, k, v, cu, cu, longest, longest, **causal, **grouped)
+        options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in accepted else {"is_causal": True}
+        options |= {"enable_gqa": True} if "enable_gqa" in accepted else {}
+        return varlen_attn(q, k, v, cu, cu, longest, longest, **options)
 
     def flash_attn(q, k, v):
         from flash_attn import flash_attn_varlen_func
@@ -194,10 +195,10 @@ def sdpa(prepared: Callable[[Callable], Prepare], backend: SDPBackend, length: i
     """One of SDPA's backends; it gets views, since they take packed strides as they are."""
 
     def function(q, k, v):
-        batched = [x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v)]
+        grouped = q.shape[1] != k.shape[1]
+        q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
         with sdpa_kernel(backend):
-            grouped = q.shape[1] != k.shape[1]
-            return F.scaled_dot_product_attention(*batched, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
 
     def prepare(inputs, douts):
         try:
@@ -247,8 +248,9 @@ def attention_configs(direction: str, q: Tensor, cu: Tensor, lengths: list[int])
     family = attention._family(q)
 
     def backward_with(dq, dkdv, inputs, douts):
-        out, lse = attention.attention(*inputs, cu, cu, 0, 0, return_lse=True)
-        saved = (*douts, torch.zeros_like(lse), *inputs, out, lse, cu, cu, True)
+        q, k, v = inputs
+        out, lse = attention.attention(q, k, v, cu, cu, 0, 0, return_lse=True)
+        saved = (*douts, torch.zeros_like(lse), q, k, v, out, lse, cu, cu, True)
         return partial(attention.attention_backward, *saved, dq, dkdv)
 
     if direction == "forward":
@@ -370,7 +372,7 @@ def liger_norm(x: Tensor, w: Tensor) -> Tensor:
 
 
 POOLING = ("norm_pool", "norm_pool_mean", "norm_score")
-ROWS = {
+ROWS: dict[str, Callable] = {
     "rms_norm": rms_norm_rows,
     "add_rms_norm": add_rms_norm_rows,
     "qk_norm_rope": qk_norm_rope_rows,
@@ -406,7 +408,7 @@ def rows_expected(rows: Rows, dtype: torch.dtype) -> tuple[list[Tensor], dict[st
 
 def row_functions(kernel: str, rows: Rows) -> dict[str, Callable]:
     formula = partial(rows.formula, reference.rms_norm)
-    functions = {"ours": rows.ours, "torch eager": formula, "torch.compile": compiled(formula)}
+    functions: dict[str, Callable] = {"ours": rows.ours, "torch eager": formula, "torch.compile": compiled(formula)}
     if kernel != "swiglu":
         functions["torch F.rms_norm"] = partial(rows.formula, Ops.torch().rms_norm)
     return functions | ({"Liger": rows.liger} if rows.liger else {})
@@ -458,7 +460,7 @@ def main() -> None:
     environment, ceilings = harness.environment(DEVICE), harness.ceilings(DEVICE, DTYPE)
     print(environment, ceilings)
     for kernel in args.kernel:
-        found = []
+        found: list[dict] = []
         for model, size in sizes.items():
             torch.compiler.reset()  # or the next model's sizes would be compiled as dynamic
             for case in KERNELS[kernel](size, args.tiny, args.tune):

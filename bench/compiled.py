@@ -109,11 +109,18 @@ def cases(target, size):
     yield from launches("pooling", pooling.CONFIGS, last, mean, score)
 
 
+def number(before, text):
+    """The first number after a pattern."""
+    match = re.search(rf"{before}(\d+)", text)
+    assert match, before
+    return int(match[1])
+
+
 def usage(kernel):
     """Registers, spill and tensor-core instructions of a compiled kernel."""
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
-        counts = {name: int(re.search(rf"\.{name}:\s*(\d+)", text)[1]) for name in ("vgpr_count", "vgpr_spill_count")}
+        counts = {name: number(rf"\.{name}:\s*", text) for name in ("vgpr_count", "vgpr_spill_count")}
         return {
             "registers": counts["vgpr_count"],
             "spill": counts["vgpr_spill_count"],
@@ -124,7 +131,7 @@ def usage(kernel):
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, spill = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
+    registers, spill = (number(f"{name}:", text) for name in ("REG", "STACK"))
     tensor = re.findall(r"\b(HGMMA|UTCHMMA|HMMA)\b", text)
     return {"registers": registers, "spill": spill, "tensor": f"{len(tensor)} {' '.join(sorted(set(tensor)))}"}
 
@@ -142,7 +149,7 @@ def table(targets=tuple(TARGETS), kernels=KERNELS, defaults=False):
     for target in targets:
         for size in SIZES:
             for file, default, run in cases(target, size):
-                compiled = []
+                compiled: list[dict] = []
                 if file in kernels and (default or (not defaults and size == "0.6B")):
                     with compiling(target, compiled):
                         run()
@@ -160,7 +167,7 @@ def main():
     parser.add_argument("--defaults", action="store_true", help="no other than the default configurations")
     parser.add_argument("--json", metavar="FILE", help="write the rows there, too")
     args = parser.parse_args()
-    rows = []
+    rows: list[dict] = []
     for row in table(args.target, args.kernel, args.defaults):
         if not rows:
             print("| " + " | ".join(row) + " |\n" + "|---" * len(row) + "|")

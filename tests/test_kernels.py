@@ -7,6 +7,8 @@ output and each gradient (Frobenius norms).
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ if launch.INTERPRETED:
 
 EPS = 1e-6
 NO_BFLOAT16 = pytest.mark.skipif(launch.INTERPRETED, reason="Triton's interpreter is wrong in bfloat16")
-KERNEL_DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=NO_BFLOAT16)]
+KERNEL_DTYPES: list[Any] = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=NO_BFLOAT16)]
 EACH_DTYPE = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 
 
@@ -244,7 +246,7 @@ def test_add_rms_norm(shape, dtype, device):
 
 def rounding_of_rms_norm(device):
     x, residual, w = (randn(*shape).half() for shape in ((200, 64), (200, 64), (64,)))
-    y, total = add_rms_norm(*(t.to(device) for t in (x, w)), EPS, residual.to(device))
+    y, total = add_rms_norm(x.to(device), w.to(device), EPS, residual.to(device))
     assert torch.equal(total.cpu(), x + residual)
     late = (x + residual).float()
     late = (late * torch.rsqrt(late.pow(2).mean(-1, keepdim=True) + EPS) * w.float()).half()
@@ -255,7 +257,8 @@ def rounding_of_qk_norm_rope(device):
     q, w = randn(70, 2, 64).half(), randn(64).half()
     angles = randn(70, 32).repeat(1, 2)
     cos, sin = angles.cos().half(), angles.sin().half()
-    found, _ = qk_norm_rope(*(t.to(device) for t in (q, q, w, w)), EPS, cos.to(device), sin.to(device))
+    on_device, weight = q.to(device), w.to(device)
+    found, _ = qk_norm_rope(on_device, on_device, weight, weight, EPS, cos.to(device), sin.to(device))
     wide = [t.float() for t in (cos, sin)]
     normed = reference.rms_norm(q, w, EPS).float()
     late = reference.rms_norm(q.float(), torch.ones(64), EPS).half().float() * w.float()
@@ -459,8 +462,8 @@ def test_attention_stays_in_bounds(counts, D, device, poisoned):
     q, k, v = (
         tensor(sum(n), heads, D, device) for n, heads in zip((counts[0], *[counts[1]] * 2), (4, 2, 2), strict=True)
     )
-    cu = [cu_seqlens(n, device) for n in counts]
-    out, lse = attention(q, k, v, *cu, 70, 130, return_lse=True)
+    cu_q, cu_k = cu = [cu_seqlens(n, device) for n in counts]
+    out, lse = attention(q, k, v, cu_q, cu_k, 70, 130, return_lse=True)
     attention_backward(tensor(*out.shape, device), tensor(*lse.shape, device), q, k, v, out, lse, *cu, True, [], [])
     check()
 
@@ -484,7 +487,7 @@ def test_other_kernels_stay_in_bounds(device, poisoned):
     check()
 
 
-OPCHECK = {
+OPCHECK: dict[str, Callable[[Callable], Sequence]] = {
     "attention": lambda t: (
         t(9, 4, 64),
         t(9, 2, 64),
@@ -574,7 +577,7 @@ def test_replacing_a_part_drops_what_is_fused_with_it():
     mine = dataclasses.replace(ops, rms_norm=reference.rms_norm)
     assert (mine.add_rms_norm, mine.qk_norm_rope, mine.norm_pool, mine.norm_score) == (None, None, None, None)
     assert dataclasses.replace(ops, swiglu=reference.swiglu).qk_norm_rope is ops.qk_norm_rope
-    other_rope = dataclasses.replace(ops, rope=lambda *args: args)
+    other_rope = dataclasses.replace(ops, rope=lambda x, cos, sin: x)
     assert other_rope.qk_norm_rope is None
     assert other_rope.add_rms_norm is ops.add_rms_norm
 
