@@ -50,7 +50,7 @@ else
 fi
 step bench 200 0 "$python" bench/bench_kernels.py --out "$out"
 for folder in "$out"/*/; do
-  step plot 20 0 "$python" bench/plot.py "$folder"
+  step plot 20 0 "$python" -m bench.plot "$folder"
 done
 
 printf '\n%s' "$summary"

@@ -1,4 +1,4 @@
-"""The common timing harness: sides in alternation, ceilings measured in the same run, results as JSON."""
+"""The common timing harness: engines in alternation, ceilings measured in the same run, results as JSON."""
 
 import json
 import platform
@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -20,76 +20,83 @@ FLUSH = 2**30
 """Bytes zeroed before each measurement on a GPU: far more than any L2 holds, and long enough (0.3 ms at 4 TB/s) for the
 host to queue the call meanwhile, so that device time is measured and not Python's."""
 
+Runs = Mapping[str, Callable[[], object]]
+"""The call to time, by the engine's name."""
 Timing = dict[str, Any]
 """{"p20", "p50", "p80"} in milliseconds, or {"error"}"""
 
 
-def compare(
-    sides: dict[str, Callable[[], object]], device: torch.device, *, repeats: int, warmup: int = 3
-) -> dict[str, Timing]:
-    """Each side's time, all sides in turn within each repeat, so that drift hits all alike.
+def compare(engines: Runs, device: torch.device, *, repeats: int, warmup: int = 3) -> dict[str, Timing]:
+    """Time each engine's call, all engines one after the other within each repeat, so that drift hits all alike.
 
-    A side that raises in its warm-up is recorded as {"error"} and does not stop the others.
+    An engine that raises in its warm-up is recorded as {"error"} and does not stop the others.
     """
-    results, times = dict.fromkeys(sides), {}
-    for name, side in sides.items():
+    results: dict[str, Timing] = {name: {} for name in engines}  # in the order given
+    runs = {}
+    for name, run in engines.items():
         try:
             for _ in range(warmup):
-                side()
+                run()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            times[name] = []
+            runs[name] = run
         except Exception as error:
             results[name] = failure(error)
-    if device.type == "cuda":
-        flush = torch.empty(FLUSH, dtype=torch.int8, device=device)
-        for _ in range(repeats):
-            for name in times:
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                flush.zero_()
-                start.record()
-                sides[name]()
-                end.record()
-                times[name].append((start, end))
-        torch.cuda.synchronize(device)
-        times = {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in times.items()}
-    else:
-        times = alternate({name: sides[name] for name in times}, repeats=repeats)
+    times = device_times(runs, repeats, device) if device.type == "cuda" else wall_times(runs, repeats)
     for name, values in times.items():
-        results[name] = {f"p{p}": float(numpy.percentile(values, p)) for p in (20, 50, 80)}
+        results[name] = percentiles(values)
     return results
 
 
-def alternate(sides: dict[str, Callable[[], object]], *, repeats: int, warmup: int = 0) -> dict[str, list[float]]:
-    """Wall clock in milliseconds of every call, all sides in turn within each repeat; of the warm-up, nothing.
+def wall_times(engines: Runs, repeats: int, *, warmup: int = 0) -> dict[str, list[float]]:
+    """Wall clock in milliseconds of every call but the warm-up's, the engines one after the other in each repeat.
 
-    Every second turn is backwards, since what a side leaves behind (threads that spin, caches) is the next one's loss.
+    Every second repeat goes backwards, since what an engine leaves behind (spinning threads, caches) slows the next.
     """
-    times: dict[str, list[float]] = {name: [] for name in sides}
+    times: dict[str, list[float]] = {name: [] for name in engines}
     for repeat in range(-warmup, repeats):
-        for name, side in list(sides.items())[:: -1 if repeat % 2 else 1]:
+        for name, run in list(engines.items())[:: -1 if repeat % 2 else 1]:
             start = time.perf_counter()
-            side()
+            run()
             if repeat >= 0:
                 times[name].append((time.perf_counter() - start) * 1e3)
     return times
 
 
+def device_times(engines: Runs, repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Milliseconds on the GPU of every call, the engines one after the other in each repeat, caches flushed first."""
+    flush = torch.empty(FLUSH, dtype=torch.int8, device=device)
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in engines}
+    for _ in range(repeats):
+        for name, run in engines.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            start.record()
+            run()
+            end.record()
+            events[name].append((start, end))
+    torch.cuda.synchronize(device)
+    return {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in events.items()}
+
+
+def percentiles(times: list[float]) -> Timing:
+    return {f"p{p}": float(numpy.percentile(times, p)) for p in (20, 50, 80)}
+
+
 def failure(error: Exception) -> Timing:
-    """The row of a side that cannot run."""
+    """The row of an engine that cannot run."""
     if isinstance(error, ImportError):
         return {"error": "not installed"}
     return {"error": f"{type(error).__name__}: {error}".split("\n")[0][:100]}
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What this device reaches: {"matmul_tflops"} of one big product, {"copy_gbs"} of one big copy, read + written."""
+    """Measure what this device reaches: {"matmul_tflops"} of a big product, {"copy_gbs"} read + written of a copy."""
     size, copied = (8192, 2**30) if device.type == "cuda" else (1024, 2**27)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     source = torch.randint(1, 100, (copied,), device=device, dtype=torch.int8)
     target = torch.empty_like(source)
-    sides = {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    times = compare(sides, device, repeats=20)
+    times = compare({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, device, repeats=20)
     return {
         "matmul_tflops": 2 * size**3 / times["matmul"]["p50"] / 1e9,
         "copy_gbs": 2 * copied / times["copy"]["p50"] / 1e6,
@@ -97,8 +104,9 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on."""
-    found = {"device": platform.machine(), "date": date.today().isoformat(), "python": platform.python_version()}
+    """Describe the machine and the versions that the numbers depend on."""
+    found: dict[str, Any] = {"device": platform.machine(), "date": date.today().isoformat()}
+    found |= {"python": platform.python_version()}
     found |= {"torch": torch.__version__, "triton": triton.__version__, "interpreter": triton.knobs.runtime.interpret}
     if device.type == "cuda":
         found |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda or torch.version.hip}

@@ -1,8 +1,9 @@
-"""Charts from the results of bench_kernels.py, beside them: attention.png, attention_backward.png, memory.png.
+"""Charts of a device's results, written beside them.
 
-    python bench/plot.py bench/results/<device>
+    python -m bench.plot bench/results/<device>
 
-Attention: TFLOP/s of each batch, by sequence length; the others: share of copy bandwidth at the largest T.
+Of bench.run: engines.png and growth.png. Of bench_kernels.py: attention.png and attention_backward.png, TFLOP/s of each
+batch, by sequence length; memory.png, the other kernels' share of copy bandwidth at the largest T.
 """
 
 import argparse
@@ -10,25 +11,27 @@ import json
 from pathlib import Path
 
 from matplotlib import pyplot
+from matplotlib.figure import Figure
+
+from bench.report import by_label, timed_rows
+from bench.workloads import OURS, Row
 
 
-def chart(path: Path, device: str, rows: list[dict], group: str, value: str, label: str, ceiling: float) -> None:
-    """Grouped bars, one panel for each model, one colour for each side that has a number; the ceiling as a line."""
-    models, sides, groups = (
-        list(dict.fromkeys(row[key] for row in rows if value in row)) for key in ("model", "side", group)
+def kernel_chart(path: Path, device: str, rows: list[Row], group: str, value: str, label: str, ceiling: float) -> None:
+    """Grouped bars, one panel for each model, one colour for each engine that has a number; the ceiling as a line."""
+    models, names, groups = (
+        list(dict.fromkeys(row[key] for row in rows if value in row)) for key in ("model", "engine", group)
     )
-    if not sides:
+    if not names:
         return
-    width = 0.8 / len(sides)
+    width = 0.8 / len(names)
     size = (4 + 0.9 * len(groups), 4.2 * len(models))
     figure, axes = pyplot.subplots(len(models), squeeze=False, figsize=size, layout="constrained")
     for model, axis in zip(models, axes[:, 0], strict=True):
-        for i, side in enumerate(sides):
-            found = {
-                row[group]: row[value] for row in rows if row["model"] == model and row["side"] == side and value in row
-            }
-            places = [groups.index(name) + (i + 0.5) * width - 0.4 for name in found]
-            axis.bar(places, found.values(), width, label=side)
+        for i, name in enumerate(names):
+            own = [row for row in rows if row["model"] == model and row["engine"] == name and value in row]
+            places = [groups.index(row[group]) + (i + 0.5) * width - 0.4 for row in own]
+            axis.bar(places, [row[value] for row in own], width, label=name)
         axis.axhline(ceiling, color="black", linestyle="--", label="ceiling")
         axis.set_xticks(range(len(groups)), groups, rotation=40, ha="right", rotation_mode="anchor")
         axis.set_ylabel(label)
@@ -39,78 +42,87 @@ def chart(path: Path, device: str, rows: list[dict], group: str, value: str, lab
     save(figure, path)
 
 
-def engines(folder: Path, device: str, found: list[dict]) -> None:
-    """engines.png: the time of every side as a multiple of qwen3core's; growth.png: the cost of a token."""
-    growth = [row for row in found if row["question"] == "growth"]
-    groups: dict[tuple[str, ...], list[dict]] = {}
-    for row in found:
-        if row["question"] != "growth" and row["side"] != "qwen3core":
-            groups.setdefault((row["question"], row["workload"], row["dtype"]), []).append(row)
+def engines(folder: Path, device: str) -> None:
+    """Draw engines.png, every engine's time over qwen3core's, and growth.png, qwen3core's time per token."""
+    rows = timed_rows(folder)
+    groups = {
+        label: others
+        for label, group in by_label(rows).items()
+        if (others := [row for row in group if row["engine"] != OURS])
+    }
     if groups:
-        lines = sum(len(rows) + 1.5 for rows in groups.values())
-        figure, axis = pyplot.subplots(figsize=(9, 1 + 0.22 * lines), layout="constrained")
-        ticks, place = {}, 0.0
-        for name, rows in groups.items():
-            axis.text(0.05, place, ", ".join(name), weight="bold", va="center")
-            places = [place + 1 + i for i in range(len(rows))]
-            low, middle, high = ([row[key] for row in rows] for key in ("ratio_p20", "ratio", "ratio_p80"))
-            spread = [
-                [m - a for m, a in zip(middle, low, strict=True)],
-                [b - m for m, b in zip(middle, high, strict=True)],
-            ]
-            bars = axis.barh(places, middle, xerr=spread, color=["C0" if m >= 1 else "C1" for m in middle])
-            axis.bar_label(bars, fmt="%.2fx", padding=3)
-            ticks |= dict(zip(places, (row["side"] for row in rows), strict=True))
-            place += len(rows) + 1.5
-        axis.axvline(1, color="black", linestyle="--")
-        axis.set_yticks(list(ticks), list(ticks.values()))
-        axis.set_ylim(place, -1)
-        axis.margins(x=0.1)
-        axis.set_xlabel("time, as a multiple of qwen3core's (median, 20th to 80th percentile); orange: faster than it")
-        axis.set_title(device, fontsize=10)
-        axis.grid(axis="x", alpha=0.3)
-        axis.set_axisbelow(True)
-        save(figure, folder / "engines.png")
+        ratio_chart(folder / "engines.png", device, groups)
+    growth = [row for row in rows if row["workload"] == "growth"]
     if growth:
-        figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
-        for label, rows in (
-            ("texts of 32 tokens", [row for row in growth if row["workload"].endswith("texts")]),
-            ("one text", [row for row in growth if not row["workload"].endswith("texts")]),
-        ):
-            axis.plot([row["tokens"] for row in rows], [row["p50"] / row["tokens"] for row in rows], "o-", label=label)
-        axis.set_xscale("log")
-        axis.set_ylim(bottom=0)
-        axis.set_xlabel("tokens in the call")
-        axis.set_ylabel("ms per token")
-        axis.set_title(f"qwen3core, {device}", fontsize=10)
-        axis.grid(alpha=0.3)
-        axis.legend()
-        save(figure, folder / "growth.png")
+        growth_chart(folder / "growth.png", device, growth)
 
 
-def save(figure: pyplot.Figure, path: Path) -> None:
+def ratio_chart(path: Path, device: str, groups: dict[str, list[Row]]) -> None:
+    lines = sum(len(rows) + 1.5 for rows in groups.values())
+    figure, axis = pyplot.subplots(figsize=(9, 1 + 0.22 * lines), layout="constrained")
+    ticks: dict[float, str] = {}
+    top = 0.0
+    for label, rows in groups.items():
+        axis.text(0.05, top, label, weight="bold", va="center")
+        places = [top + 1 + i for i in range(len(rows))]
+        low, middle, high = ([row[key] for row in rows] for key in ("ratio_p20", "ratio", "ratio_p80"))
+        spread = [[m - a for m, a in zip(middle, low, strict=True)], [b - m for m, b in zip(middle, high, strict=True)]]
+        bars = axis.barh(places, middle, xerr=spread, color=["C0" if m >= 1 else "C1" for m in middle])
+        axis.bar_label(bars, fmt="%.2fx", padding=3)
+        ticks |= dict(zip(places, (row["engine"] for row in rows), strict=True))
+        top += len(rows) + 1.5
+    axis.axvline(1, color="black", linestyle="--")
+    axis.set_yticks(list(ticks), list(ticks.values()))
+    axis.set_ylim(top, -1)
+    axis.margins(x=0.1)
+    axis.set_xlabel("time, as a multiple of qwen3core's (median, 20th to 80th percentile); orange: faster than it")
+    axis.set_title(device, fontsize=10)
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_axisbelow(True)
+    save(figure, path)
+
+
+def growth_chart(path: Path, device: str, rows: list[Row]) -> None:
+    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    many = [row for row in rows if row["size"].endswith("texts")]
+    one = [row for row in rows if not row["size"].endswith("texts")]
+    for label, found in (("texts of 32 tokens", many), ("one text", one)):
+        axis.plot([row["tokens"] for row in found], [row["p50"] / row["tokens"] for row in found], "o-", label=label)
+    axis.set_xscale("log")
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("tokens in the call")
+    axis.set_ylabel("ms per token")
+    axis.set_title(f"qwen3core, {device}", fontsize=10)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     print(path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args().folder
-    shares, device = [], ""
+    memory: list[Row] = []
+    device = ""
     for path in sorted(folder.glob("*.json")):
         found = json.loads(path.read_text("utf-8"))
         rows, device = found["rows"], found["environment"]["device"]
         if path.stem in ("attention", "attention_backward"):
             ceiling = found["ceilings"]["matmul_tflops"]
-            chart(folder / f"{path.stem}.png", device, rows, "batch", "TFLOP/s", "TFLOP/s", ceiling)
-        elif not path.stem.endswith("_tune"):
+            kernel_chart(folder / f"{path.stem}.png", device, rows, "batch", "TFLOP/s", "TFLOP/s", ceiling)
+        elif rows and "kernel" in rows[0] and not path.stem.endswith("_tune"):
             largest = max(int(row["T"]) for row in rows)
             rows = [row for row in rows if int(row["T"]) == largest]
-            shares += [row | {"group": f"{row['kernel']} {row['direction']}"} for row in rows]
-    if shares:
-        chart(folder / "memory.png", device, shares, "group", "share", "share of copy bandwidth", 1.0)
+            memory += [row | {"group": f"{row['kernel']} {row['direction']}"} for row in rows]
+    if memory:
+        kernel_chart(folder / "memory.png", device, memory, "group", "share", "share of copy bandwidth", 1.0)
+    engines(folder, device)
 
 
 if __name__ == "__main__":
