@@ -16,6 +16,7 @@ import tempfile
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
 
@@ -149,7 +150,7 @@ def table(targets=tuple(TARGETS), kernels=KERNELS, defaults=False):
     for target in targets:
         for size in SIZES:
             for file, default, run in cases(target, size):
-                compiled: list[dict] = []
+                compiled: list[Any] = []
                 if file in kernels and (default or (not defaults and size == "0.6B")):
                     with compiling(target, compiled):
                         run()
