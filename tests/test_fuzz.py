@@ -88,7 +88,7 @@ def fuzz_bytes(root, data):
 
 
 def fuzz_header(root, data):
-    """Values of the header replaced; half of the time with offsets that agree, to get past the parser."""
+    """Values of the header replaced; half of the time with offsets that agree, so that the parser accepts them."""
     fields, rest = split((root / "good" / "single" / SINGLE).read_bytes())
     keys = [key for key in fields if key != "__metadata__"]
     consistent = data.draw(st.booleans())

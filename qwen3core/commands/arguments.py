@@ -26,17 +26,20 @@ def add_command(
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device`` and ``--ops``."""
     parser.add_argument("--device", help="cpu, cuda, ...; by default the first GPU where there is one")
     parser.add_argument("--ops", default="auto", help="auto, reference, torch, prepacked or triton")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of running an open model: dtype, device, ops, max_length."""
     parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, int8")
     add_device(parser)
     parser.add_argument("--max-length", type=int, default=MAX_LENGTH, help="tokens per input, template included")
 
 
 def add_split_special_tokens(parser: argparse.ArgumentParser) -> None:
+    """Add ``--split-special-tokens``."""
     parser.add_argument(
         "--split-special-tokens", action="store_true", help="read <|im_end|> and the like as plain text"
     )

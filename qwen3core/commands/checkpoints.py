@@ -15,6 +15,7 @@ from .files import read_inputs, text_of
 
 
 def register(commands: Commands) -> None:
+    """Add this group's commands and their arguments."""
     parser = add_command(commands, "parity", compare, "compare with transformers, layer by layer")
     parser.add_argument("--inputs", nargs="+", default=[], metavar="INPUT", help="texts to compare on, as for embed")
     parser.add_argument("--kind", default="auto", choices=("auto", "embedding", "reranker"))
@@ -34,6 +35,7 @@ def register(commands: Commands) -> None:
 
 
 def compare(args: argparse.Namespace) -> int:
+    """Print the parity report; the exit status is 1 beyond tolerance."""
     require("transformers", "transformers")
     texts = [text_of(row, "text", where) for row, where in read_inputs(args.inputs)]
     options = {name: getattr(args, name) for name in ("revision", "kind", "dtype", "ops", "device", "max_length")}
@@ -44,6 +46,7 @@ def compare(args: argparse.Namespace) -> int:
 
 
 def inspect(args: argparse.Namespace) -> int:
+    """Print configuration, tensors and checks of the tokenizer; the exit status is 1 where one fails."""
     directory = find(args.model, revision=args.revision)
     model, tensors = open_model(directory)
     print(directory, *(f"  {name}: {value}" for name, value in vars(model.config).items()), sep="\n")
@@ -83,12 +86,14 @@ def check_tokenizer(tokenizer: Tokenizer) -> dict[str, bool]:
 
 
 def write_random(args: argparse.Namespace) -> int:
+    """Write a checkpoint with random weights."""
     require_new(args.directory)
     print(synthesize.synthesize(args.directory, args.layout, seed=args.seed, tokenizer=args.tokenizer))
     return 0
 
 
 def write_merged(args: argparse.Namespace) -> int:
+    """Write one checkpoint out of several."""
     require_new(args.output)
     merge.merge([find(m) for m in args.models], args.output, weights=args.weights, linear=args.linear)
     print(args.output)

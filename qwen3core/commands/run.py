@@ -11,6 +11,7 @@ from .files import output_name, read_inputs, text_of, write
 
 
 def register(commands: Commands) -> None:
+    """Add this group's commands and their arguments."""
     add_command(commands, "demo", demo, "embed and rerank a few texts with small checkpoints, offline", model=False)
     parser = add_command(commands, "embed", embed, "texts to vectors")
     _add_inputs(parser, "one text per line, or .jsonl rows with 'text'")
@@ -38,6 +39,7 @@ def _add_inputs(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def demo(args: argparse.Namespace) -> int:
+    """Rank a few documents by the two shipped checkpoints, offline."""
     query, documents = samples.DEMO_QUERY, samples.DEMO_DOCUMENTS
     embedder = Embedder.from_pretrained("tiny-embedding", device="cpu")
     reranker = Reranker.from_pretrained("tiny-reranker", device="cpu")
@@ -52,6 +54,7 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def embed(args: argparse.Namespace) -> int:
+    """Write the vector of every text."""
     texts = [text_of(row, "text", where) for row, where in read_inputs(args.inputs)]
     embedder = open_pretrained(Embedder, args)
     if args.query or args.instruction is not None:
@@ -66,6 +69,7 @@ def embed(args: argparse.Namespace) -> int:
 
 
 def rerank(args: argparse.Namespace) -> int:
+    """Write P(yes) of every document, ranked for one query, or of every pair, in order."""
     if args.top_k is not None:
         check_int("top_k", args.top_k, 0)
     pairs = []

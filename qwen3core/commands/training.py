@@ -28,6 +28,7 @@ from .arguments import (
 
 
 def register(commands: Commands) -> None:
+    """Add this group's commands and their arguments."""
     about = "train on rows of query, response, rejected_response; writes an official-layout checkpoint"
     _add_train_options(add_command(commands, "train", train, about))
     _add_eval_options(add_command(commands, "eval", evaluate, "quality on sentence pairs and on a retrieval set"))
@@ -66,6 +67,7 @@ def _add_eval_options(parser: argparse.ArgumentParser) -> None:
 
 
 def train(args: argparse.Namespace) -> int:
+    """Train a checkpoint on files of examples, and write the trained one."""
     examples = training.read_examples(args.inputs)
     directory = find(args.model, revision=args.revision)
     check_apart(directory, args.output)
@@ -117,6 +119,7 @@ def _reranker(
 
 
 def evaluate(args: argparse.Namespace) -> int:
+    """Print a row of measures for each width of the vectors."""
     if not args.sts and not args.retrieval:
         raise InputError("eval: expected --sts or --retrieval, found neither")
     if args.sts:

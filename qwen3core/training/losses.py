@@ -25,6 +25,7 @@ class Groups:
     """The query of each negative [M], from 0 to B - 1."""
 
     def to(self, device: torch.device) -> "Groups":
+        """The same groups on a device."""
         return Groups(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 

@@ -30,6 +30,7 @@ class Synset:
 
     @property
     def document(self) -> str:
+        """The synset as a text to be found: its words, then its definition."""
         return f"{', '.join(self.lemmas[:3])}: {self.definition}"
 
 
