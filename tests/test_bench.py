@@ -20,20 +20,16 @@ def quick_engines(*workloads):
     return [set(line.split("  ")) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("workload", "label"),
     [
         ("query", "one query"),
-        *(
-            pytest.param(*names, marks=pytest.mark.slow)
-            for names in (
-                ("corpus", "corpus"),
-                ("rerank", "rerank"),
-                ("memory", "memory"),
-                ("lengths", "equal lengths"),
-                ("startup", "start-up"),
-            )
-        ),
+        ("corpus", "corpus"),
+        ("rerank", "rerank"),
+        ("memory", "memory"),
+        ("lengths", "equal lengths"),
+        ("startup", "start-up"),
     ],
 )
 def test_quick_bench_runs(workload, label):

@@ -1,5 +1,6 @@
 """The command: inputs, outputs, exit codes, messages; files whole or not at all."""
 
+import dataclasses
 import io
 import json
 import shutil
@@ -109,7 +110,7 @@ def test_parity_of_both_kinds_and_dtypes(embedding_dir, reranker_dir, capsys, mo
 
 def parity_fails(directory, dtype, capsys, monkeypatch):
     """With another activation than SwiGLU's, the command says so and fails."""
-    wrong = Ops(**{**vars(Ops.reference()), "swiglu": lambda gate, up: gate * up})
+    wrong = dataclasses.replace(Ops.reference(), swiglu=lambda gate, up: gate * up)
     monkeypatch.setattr(Ops, "torch", staticmethod(lambda: wrong))
     assert main(["parity", str(directory), "--dtype", dtype]) == 1
     out = capsys.readouterr().out

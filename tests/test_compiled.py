@@ -37,11 +37,10 @@ def compile_all(folder, *jobs):
     return found
 
 
-def test_small_kernels_compile_for_hopper(tmp_path):
-    """What is quick to compile, in the default configurations."""
-    rows = compile_all(tmp_path, ["--target", "sm_90", "--defaults", "--kernel", "rms_norm", "swiglu", "pooling"])
-    attention_and_rope = {"attention_kernel", "dq_kernel", "dkdv_kernel", *(k for k in KERNELS if k.startswith("qk_"))}
-    assert {row["kernel"] for row in rows} == KERNELS - attention_and_rope
+def test_a_small_kernel_compiles_for_hopper(tmp_path):
+    """What is quick to compile, in its default configuration."""
+    rows = compile_all(tmp_path, ["--target", "sm_90", "--defaults", "--kernel", "swiglu"])
+    assert {row["kernel"] for row in rows} == {"swiglu_kernel", "swiglu_backward_kernel"}
     assert [row for row in rows if row["spill"] or row["shared"] > row["of"]] == []
 
 

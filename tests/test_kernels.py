@@ -543,7 +543,7 @@ def test_whole_model(kind, counts, device, request):
         obeys(*([x] for x in result))
 
 
-@pytest.mark.parametrize("kind", ["embedding", "reranker"])
+@pytest.mark.parametrize("kind", ["embedding", slow("reranker")])
 def test_parity_command(kind, device, request, capsys):
     directory = request.getfixturevalue(f"{kind}_dir")
     texts = ["Gravity attracts.", "Paris"] if kind == "embedding" else ["<Query>: a\n<Document>: b", "x"]

@@ -31,7 +31,7 @@ def test_importing_imports_neither_transformers_nor_triton(tmp_path):
 def test_without_triton_its_ops_say_so():
     code = "import sys; sys.modules['triton'] = None\nimport qwen3core\n"
     code += "try: qwen3core.Ops.triton()\nexcept qwen3core.InputError as error: print(error)"
-    assert "ops 'triton': expected the package triton, found" in python(code)
+    assert "ops 'triton': triton is not installed: pip install triton" in python(code)
 
 
 def test_transformers_imports_from_the_root_beside_the_kernels_package():

@@ -141,7 +141,7 @@ def test_prefixes_are_shared_only_where_the_model_allows_it(small):
     assert gradients.compute(examples) == pytest.approx(whole, rel=tolerances.LOSS_FP32)
 
 
-@pytest.mark.parametrize("kind", [Embedder, Reranker])
+@pytest.mark.parametrize("kind", [Embedder, pytest.param(Reranker, marks=pytest.mark.slow)])
 def test_interrupted_and_resumed_equals_uninterrupted(kind, small, tmp_path):
     whole = opened(kind, small[kind])
     train(whole.model, task_of(whole), OPTIONS, tmp_path / "whole")
@@ -187,7 +187,7 @@ def test_a_state_of_another_training_is_refused(small, tmp_path):
     ("kind", "extra"),
     [
         pytest.param("embedding", [], id="embedding"),
-        pytest.param("reranker", ["--lora", "4"], id="reranker-lora"),
+        pytest.param("reranker", ["--lora", "4"], id="reranker-lora", marks=pytest.mark.slow),
         pytest.param("embedding", ["--lora", "4"], id="embedding-lora", marks=pytest.mark.slow),
         pytest.param("reranker", [], id="reranker", marks=pytest.mark.slow),
         pytest.param("embedding", ["--bfloat16", "--recompute"], id="embedding-bfloat16", marks=pytest.mark.slow),
