@@ -1,4 +1,4 @@
-"""Compile every kernel and configuration ahead of time, no GPU needed: registers, spills, shared memory.
+"""Compile every kernel and configuration without a GPU: registers, spills, shared memory.
 
     python bench/compiled.py [--target sm_90 ...] [--kernel attention ...] [--defaults] [--json FILE]
 

@@ -78,6 +78,51 @@ class Embedder(Pretrained):
         return {name: stored.get(name) for name in ("prompts", "default_prompt_name")}
 
     @overload
+    def encode_query(
+        self,
+        inputs: Texts,
+        *,
+        instruction: str | None = None,
+        convert_to_tensor: Literal[False] = False,
+        **options: Unpack[EncodeOptions],
+    ) -> Vectors: ...
+
+    @overload
+    def encode_query(
+        self,
+        inputs: Texts,
+        *,
+        instruction: str | None = None,
+        convert_to_tensor: Literal[True],
+        **options: Unpack[EncodeOptions],
+    ) -> Tensor: ...
+
+    def encode_query(self, inputs: Texts, *, instruction: str | None = None, **options: Any) -> Any:
+        """``encode`` with the query prompt: the checkpoint's, or that of your own ``instruction`` (one sentence)."""
+        if instruction is not None:
+            check_text("instruction", instruction)
+            options["prompt"] = embedding_query(instruction)
+        elif options.get("prompt") is None and options.get("prompt_name") is None:
+            options["prompt"] = self.prompts.get("query", EMBEDDING_PROMPTS["query"])
+        return self.encode(inputs, **options)
+
+    @overload
+    def encode_document(
+        self, inputs: Texts, *, convert_to_tensor: Literal[False] = False, **options: Unpack[EncodeOptions]
+    ) -> Vectors: ...
+
+    @overload
+    def encode_document(
+        self, inputs: Texts, *, convert_to_tensor: Literal[True], **options: Unpack[EncodeOptions]
+    ) -> Tensor: ...
+
+    def encode_document(self, inputs: Texts, **options: Any) -> Any:
+        """``encode`` with the document prompt, which is empty for the official checkpoints."""
+        if options.get("prompt") is None and options.get("prompt_name") is None:
+            options["prompt"] = self.prompts.get("document", EMBEDDING_PROMPTS["document"])
+        return self.encode(inputs, **options)
+
+    @overload
     def encode(
         self, inputs: Texts, *, convert_to_tensor: Literal[False] = False, **options: Unpack[EncodeOptions]
     ) -> Vectors: ...
@@ -138,56 +183,19 @@ class Embedder(Pretrained):
         result = embeddings[0] if isinstance(inputs, str) else embeddings
         return result if convert_to_tensor else result.cpu().numpy()
 
+    def _prompt(self, name: str | None) -> str:
+        name = name if name is not None else self.default_prompt_name
+        if name is None:
+            return ""
+        if not isinstance(name, str) or name not in self.prompts:
+            raise InputError(f"prompt_name: expected one of {', '.join(self.prompts)}, found {name!r}")
+        return self.prompts[name]
+
     def to_sequences(self, token_ids: list[list[int]]) -> list[list[int]]:
         return self.tokenizer.append_eos(token_ids, self.max_length)
 
     def compute(self, batch: PackedBatch, **options: Any) -> Tensor:
         return self.model.embed(batch, **options)
-
-    @overload
-    def encode_query(
-        self,
-        inputs: Texts,
-        *,
-        instruction: str | None = None,
-        convert_to_tensor: Literal[False] = False,
-        **options: Unpack[EncodeOptions],
-    ) -> Vectors: ...
-
-    @overload
-    def encode_query(
-        self,
-        inputs: Texts,
-        *,
-        instruction: str | None = None,
-        convert_to_tensor: Literal[True],
-        **options: Unpack[EncodeOptions],
-    ) -> Tensor: ...
-
-    def encode_query(self, inputs: Texts, *, instruction: str | None = None, **options: Any) -> Any:
-        """``encode`` with the query prompt: the checkpoint's, or that of your own ``instruction`` (one sentence)."""
-        if instruction is not None:
-            check_text("instruction", instruction)
-            options["prompt"] = embedding_query(instruction)
-        elif options.get("prompt") is None and options.get("prompt_name") is None:
-            options["prompt"] = self.prompts.get("query", EMBEDDING_PROMPTS["query"])
-        return self.encode(inputs, **options)
-
-    @overload
-    def encode_document(
-        self, inputs: Texts, *, convert_to_tensor: Literal[False] = False, **options: Unpack[EncodeOptions]
-    ) -> Vectors: ...
-
-    @overload
-    def encode_document(
-        self, inputs: Texts, *, convert_to_tensor: Literal[True], **options: Unpack[EncodeOptions]
-    ) -> Tensor: ...
-
-    def encode_document(self, inputs: Texts, **options: Any) -> Any:
-        """``encode`` with the document prompt, which is empty for the official checkpoints."""
-        if options.get("prompt") is None and options.get("prompt_name") is None:
-            options["prompt"] = self.prompts.get("document", EMBEDDING_PROMPTS["document"])
-        return self.encode(inputs, **options)
 
     @staticmethod
     def similarity(a: Vectors | Tensor, b: Vectors | Tensor) -> Tensor:
@@ -198,11 +206,3 @@ class Embedder(Pretrained):
                 f"similarity: expected rows of equal length, found {list(left.shape)} and {list(right.shape)}"
             )
         return F.normalize(left, dim=-1) @ F.normalize(right, dim=-1).T
-
-    def _prompt(self, name: str | None) -> str:
-        name = name if name is not None else self.default_prompt_name
-        if name is None:
-            return ""
-        if not isinstance(name, str) or name not in self.prompts:
-            raise InputError(f"prompt_name: expected one of {', '.join(self.prompts)}, found {name!r}")
-        return self.prompts[name]

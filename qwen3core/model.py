@@ -42,33 +42,162 @@ class Context:
     """Where each layer adds its keys and values, if they are asked for."""
 
 
-class Linear(nn.Linear):
-    scale: Tensor | None
-    """[out] float32, once the weight is int8."""
+class Qwen3Model(nn.Module):
+    """A Qwen3 decoder: ``model(batch)`` gives hidden states, ``embed`` a vector for each text, ``score`` its P(yes).
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-        self.register_buffer("scale", None, persistent=False)
+    ``lm_head`` exists only where a reranker's is not tied to ``embed_tokens``. Threads may share a model while nobody
+    changes it; ``capture`` and ``edit`` concern every call of every thread.
 
-    def forward(self, x: Tensor, op: Callable[[Tensor, Tensor], Tensor] = reference.linear) -> Tensor:
-        # op is an argument, not an attribute: replacing model.ops reaches every layer, and a module holds only weights.
-        return op(x, self.weight) if self.scale is None else reference.int8_linear(x, self.weight, self.scale)
+    Args:
+        config: the architecture's numbers.
+        ops: a set of operations, or its name (``ops.resolve``).
+        lm_head: whether the checkpoint has an output matrix of its own that is needed.
 
-    def quantize(self) -> None:
-        """Round each row of the weight to 255 steps: a quarter of float32's memory, and the end of its training."""
-        weight, self.scale = reference.int8_rows(self.weight.detach())
-        self.weight = nn.Parameter(weight, requires_grad=False)
+    Example:
+        >>> model = Qwen3Model(Qwen3Config(50, 8, 16, 2, 2, 1, 64, 1e6, head_dim=4))
+        >>> model(pack([[1, 2, 3], [4]])).shape
+        torch.Size([4, 8])
+    """
 
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, config: Qwen3Config, ops: Ops | str = "auto", *, lm_head: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.config = config
+        self.ops = resolve(ops)
+        self.hooks: list[Hook] = []
+        """The captures and edits that are active."""
+        self.dtype: torch.dtype | None = None
+        """Compute dtype, where it differs from the weights'."""
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        if not weight.is_meta:  # there, a normal_ that fills nothing imports half of torch (1.5 s)
+            weight.normal_(std=0.02)
+        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if lm_head else None
 
-    def forward(self, x: Tensor, op: Callable[..., Any], *args: Any) -> Any:
-        """Apply ``ops.rms_norm``, or a fused op that takes the same weight and more arguments after eps."""
-        return op(x, self.weight.to(x.dtype), self.eps, *args)
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Last hidden states [T, H], final norm applied (transformers' ``last_hidden_state``), in the compute dtype."""
+        return self._hook(batch)("final_norm", self.norm(self.run_layers(batch), self.ops.rms_norm))
+
+    def embed(self, batch: PackedBatch, *, dim: int | None = None, normalize: bool = True) -> Tensor:
+        """``pool(forward(batch))`` [N, dim] float32; with shortcuts, no more of the last layer than that needs."""
+        if not self.shortcuts:
+            return self.pool(self(batch), batch, dim=dim, normalize=normalize)
+        x, rows = self.run_layers(batch, last_token=True), batch.last_token.cu_seqlens_q
+        width = dim or self.config.hidden_size
+        if self.ops.norm_pool:
+            return self.norm(x, self.ops.norm_pool, rows, width, normalize)
+        return self.ops.pool(self.norm(x, self.ops.rms_norm), rows, width, normalize)
+
+    def score(self, batch: PackedBatch, yes_no: Tensor) -> Tensor:
+        """P(yes) [N] float32 of each text's pooled hidden state, from the rows of yes and no [2, H] of the lm_head."""
+        if self.ops.norm_score is None or not self.shortcuts:
+            return p_yes(self.embed(batch, normalize=False), yes_no)
+        x, rows = self.run_layers(batch, last_token=True), batch.last_token.cu_seqlens_q
+        return self.norm(x, self.ops.norm_score, rows, yes_minus_no(yes_no))
+
+    @property
+    def shortcuts(self) -> bool:
+        """Whether rows may be left out or shared: by pruning, by shared and cached prefixes, by equal texts.
+
+        They may not while a hook is active, which must see every row, or where the ops do not declare what it takes.
+        """
+        return not self.hooks and self.ops.shortcuts
+
+    def run_layers(
+        self, batch: PackedBatch, *, last_token: bool = False, keys_values: KeysValues | None = None
+    ) -> Tensor:
+        """The residual stream [T, H] out of the last layer, before the final norm.
+
+        Args:
+            batch: on the model's device.
+            last_token: only each text's last token [N, H] goes through the last layer; it attends to all others.
+            keys_values: a list that receives every layer's keys and values.
+
+        Raises:
+            InputError: where texts share a prefix and the ops do not declare that they may.
+        """
+        if batch.shares_prefixes and not self.ops.shortcuts:
+            raise InputError(f"pack: prefixes: expected ops that declare what sharing takes, found {self.ops}")
+        x = self.embed_tokens(batch.input_ids)
+        x = self._hook(batch)("embed", x.to(self.dtype or x.dtype))
+        cos, sin = rope_cos_sin(batch.position_ids, self.config, x.dtype)
+        # Fused, the point between add and norm could not be edited.
+        ops = replace(self.ops, add_rms_norm=None) if self.hooks else self.ops
+        blocks = ops.row_wise and not self.hooks
+        block_rows = ROWS_PER_BLOCK.get(x.device.type, 16384) if blocks else len(x)
+        for i, layer in enumerate(self.layers):
+            layout = batch.last_token if last_token and i == len(self.layers) - 1 else batch.full
+            context = Context(ops, cos, sin, block_rows, self._hook(batch, f"layers.{i}."), keys_values)
+            x = layer(x, layout, context, batch.prefix_kv[i] if batch.prefix_kv else None)
+        return x
+
+    def keys_values(self, batch: PackedBatch) -> KeysValues:
+        """Keys and values [T, Hkv, D] of every layer, for ``pack(..., prefix_kv=)`` to continue from."""
+        keys_values: KeysValues = []
+        self.run_layers(batch, keys_values=keys_values)
+        return keys_values
+
+    def pool(
+        self, hidden_states: Tensor, batch: PackedBatch, *, dim: int | None = None, normalize: bool = True
+    ) -> Tensor:
+        """Each text's last hidden state, cut to ``dim``, normalised; [T, H] to [N, dim] float32."""
+        pooled = self.ops.pool(hidden_states, batch.text_cu_seqlens, dim or self.config.hidden_size, normalize)
+        return self._hook(batch)("pooled", pooled)
+
+    @property
+    def lm_head_name(self) -> str:
+        """The parameter that turns hidden states into logits: ``lm_head.weight``, or the embeddings it is tied to."""
+        return "lm_head.weight" if self.lm_head is not None else "embed_tokens.weight"
+
+    def lm_head_rows(self, token_ids: Sequence[int]) -> Tensor:
+        """The rows of these tokens [n, H] of the lm_head, in place of all."""
+        weight = self.get_parameter(self.lm_head_name)
+        return torch.stack([weight[i] for i in token_ids])  # an index tensor would make a GPU wait
+
+    def _hook(self, batch: PackedBatch, prefix: str = "") -> Callable[[str, Tensor], Tensor]:
+        """A function of (name below prefix, tensor) that passes the tensor through every active hook."""
+        if not self.hooks:
+            return _identity
+
+        def hook(name: str, x: Tensor) -> Tensor:
+            for function in self.hooks:
+                x = function(prefix + name, x, batch)
+            return x
+
+        return hook
+
+    def extra_repr(self) -> str:
+        return f"{self.config},\n{self.ops}"
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, layout: VarlenLayout, context: Context, prefix_kv: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """The residual stream [T, H] into the layer to that out of it [Tq, H], of the rows ``layout.queries``."""
+        x = context.hook("resid_pre", x)
+        attn_norm = context.hook("attn_norm", self.input_layernorm(x, context.ops.rms_norm))
+        attn_out = context.hook("attn_out", self.self_attn(attn_norm, layout, context, prefix_kv))
+        x, mlp_norm = self.add_and_norm(x[layout.queries], attn_out, context)
+        mlp_out = context.hook("mlp_out", self.mlp(mlp_norm, context))
+        return context.hook("resid_post", x + mlp_out)
+
+    def add_and_norm(self, x: Tensor, attn_out: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """The residual stream after attention, and its norm, which the MLP reads; one operation where ops fuse them."""
+        if context.ops.add_rms_norm:
+            mlp_norm, x = self.post_attention_layernorm(x, context.ops.add_rms_norm, attn_out)
+        else:
+            x = context.hook("resid_mid", x + attn_out)
+            mlp_norm = self.post_attention_layernorm(x, context.ops.rms_norm)
+        return x, context.hook("mlp_norm", mlp_norm)
 
 
 class Attention(nn.Module):
@@ -125,33 +254,33 @@ class MLP(nn.Module):
         return self.down_proj(context.hook("mlp_act", context.ops.swiglu(gate, up)), context.ops.linear)
 
 
-class DecoderLayer(nn.Module):
-    def __init__(self, config: Qwen3Config) -> None:
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
 
-    def forward(
-        self, x: Tensor, layout: VarlenLayout, context: Context, prefix_kv: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
-        """The residual stream [T, H] into the layer to that out of it [Tq, H], of the rows ``layout.queries``."""
-        x = context.hook("resid_pre", x)
-        attn_norm = context.hook("attn_norm", self.input_layernorm(x, context.ops.rms_norm))
-        attn_out = context.hook("attn_out", self.self_attn(attn_norm, layout, context, prefix_kv))
-        x, mlp_norm = self.add_and_norm(x[layout.queries], attn_out, context)
-        mlp_out = context.hook("mlp_out", self.mlp(mlp_norm, context))
-        return context.hook("resid_post", x + mlp_out)
+    def forward(self, x: Tensor, op: Callable[..., Any], *args: Any) -> Any:
+        """Apply ``ops.rms_norm``, or a fused op that takes the same weight and more arguments after eps."""
+        return op(x, self.weight.to(x.dtype), self.eps, *args)
 
-    def add_and_norm(self, x: Tensor, attn_out: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """The residual stream after attention, and its norm, which the MLP reads; one operation where ops fuse them."""
-        if context.ops.add_rms_norm:
-            mlp_norm, x = self.post_attention_layernorm(x, context.ops.add_rms_norm, attn_out)
-        else:
-            x = context.hook("resid_mid", x + attn_out)
-            mlp_norm = self.post_attention_layernorm(x, context.ops.rms_norm)
-        return x, context.hook("mlp_norm", mlp_norm)
+
+class Linear(nn.Linear):
+    scale: Tensor | None
+    """[out] float32, once the weight is int8."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.register_buffer("scale", None, persistent=False)
+
+    def forward(self, x: Tensor, op: Callable[[Tensor, Tensor], Tensor] = reference.linear) -> Tensor:
+        # op is an argument, not an attribute: replacing model.ops reaches every layer, and a module holds only weights.
+        return op(x, self.weight) if self.scale is None else reference.int8_linear(x, self.weight, self.scale)
+
+    def quantize(self) -> None:
+        """Round each row of the weight to 255 steps: a quarter of float32's memory, and the end of its training."""
+        weight, self.scale = reference.int8_rows(self.weight.detach())
+        self.weight = nn.Parameter(weight, requires_grad=False)
 
 
 def in_blocks(function: Callable[..., tuple[Tensor, ...]], size: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -160,139 +289,6 @@ def in_blocks(function: Callable[..., tuple[Tensor, ...]], size: int, *tensors: 
         return function(*tensors)
     parts = [function(*rows) for rows in zip(*(x.split(size) for x in tensors), strict=True)]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
-
-
-class Qwen3Model(nn.Module):
-    """A Qwen3 decoder: ``model(batch)`` gives hidden states, ``embed`` a vector for each text, ``score`` its P(yes).
-
-    ``lm_head`` exists only where a reranker's is not tied to ``embed_tokens``. Threads may share a model while nobody
-    changes it; ``capture`` and ``edit`` concern every call of every thread.
-
-    Args:
-        config: the architecture's numbers.
-        ops: a set of operations, or its name (``ops.resolve``).
-        lm_head: whether the checkpoint has an output matrix of its own that is needed.
-
-    Example:
-        >>> model = Qwen3Model(Qwen3Config(50, 8, 16, 2, 2, 1, 64, 1e6, head_dim=4))
-        >>> model(pack([[1, 2, 3], [4]])).shape
-        torch.Size([4, 8])
-    """
-
-    def __init__(self, config: Qwen3Config, ops: Ops | str = "auto", *, lm_head: bool = False) -> None:
-        super().__init__()
-        self.config = config
-        self.ops = resolve(ops)
-        self.hooks: list[Hook] = []
-        """The captures and edits that are active."""
-        self.dtype: torch.dtype | None = None
-        """Compute dtype, where it differs from the weights'."""
-        weight = torch.empty(config.vocab_size, config.hidden_size)
-        if not weight.is_meta:  # there, a normal_ that fills nothing imports half of torch (1.5 s)
-            weight.normal_(std=0.02)
-        self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if lm_head else None
-
-    @property
-    def shortcuts(self) -> bool:
-        """Whether rows may be left out or shared: by pruning, by shared and cached prefixes, by equal texts.
-
-        They may not while a hook is active, which must see every row, or where the ops do not declare what it takes.
-        """
-        return not self.hooks and self.ops.shortcuts
-
-    def forward(self, batch: PackedBatch) -> Tensor:
-        """Last hidden states [T, H], final norm applied (transformers' ``last_hidden_state``), in the compute dtype."""
-        return self._hook(batch)("final_norm", self.norm(self.run_layers(batch), self.ops.rms_norm))
-
-    def run_layers(
-        self, batch: PackedBatch, *, last_token: bool = False, keys_values: KeysValues | None = None
-    ) -> Tensor:
-        """The residual stream [T, H] out of the last layer, before the final norm.
-
-        Args:
-            batch: on the model's device.
-            last_token: only each text's last token [N, H] goes through the last layer; it attends to all others.
-            keys_values: a list that receives every layer's keys and values.
-
-        Raises:
-            InputError: where texts share a prefix and the ops do not declare that they may.
-        """
-        if batch.shares_prefixes and not self.ops.shortcuts:
-            raise InputError(f"pack: prefixes: expected ops that declare what sharing takes, found {self.ops}")
-        x = self.embed_tokens(batch.input_ids)
-        x = self._hook(batch)("embed", x.to(self.dtype or x.dtype))
-        cos, sin = rope_cos_sin(batch.position_ids, self.config, x.dtype)
-        # Fused, the point between add and norm could not be edited.
-        ops = replace(self.ops, add_rms_norm=None) if self.hooks else self.ops
-        blocks = ops.row_wise and not self.hooks
-        block_rows = ROWS_PER_BLOCK.get(x.device.type, 16384) if blocks else len(x)
-        for i, layer in enumerate(self.layers):
-            layout = batch.last_token if last_token and i == len(self.layers) - 1 else batch.full
-            context = Context(ops, cos, sin, block_rows, self._hook(batch, f"layers.{i}."), keys_values)
-            x = layer(x, layout, context, batch.prefix_kv[i] if batch.prefix_kv else None)
-        return x
-
-    def keys_values(self, batch: PackedBatch) -> KeysValues:
-        """Keys and values [T, Hkv, D] of every layer, for ``pack(..., prefix_kv=)`` to continue from."""
-        keys_values: KeysValues = []
-        self.run_layers(batch, keys_values=keys_values)
-        return keys_values
-
-    def pool(
-        self, hidden_states: Tensor, batch: PackedBatch, *, dim: int | None = None, normalize: bool = True
-    ) -> Tensor:
-        """Each text's last hidden state, cut to ``dim``, normalised; [T, H] to [N, dim] float32."""
-        pooled = self.ops.pool(hidden_states, batch.text_cu_seqlens, dim or self.config.hidden_size, normalize)
-        return self._hook(batch)("pooled", pooled)
-
-    def embed(self, batch: PackedBatch, *, dim: int | None = None, normalize: bool = True) -> Tensor:
-        """``pool(forward(batch))`` [N, dim] float32; with shortcuts, no more of the last layer than that needs."""
-        if not self.shortcuts:
-            return self.pool(self(batch), batch, dim=dim, normalize=normalize)
-        x, rows = self.run_layers(batch, last_token=True), batch.last_token.cu_seqlens_q
-        width = dim or self.config.hidden_size
-        if self.ops.norm_pool:
-            return self.norm(x, self.ops.norm_pool, rows, width, normalize)
-        return self.ops.pool(self.norm(x, self.ops.rms_norm), rows, width, normalize)
-
-    def score(self, batch: PackedBatch, yes_no: Tensor) -> Tensor:
-        """P(yes) [N] float32 of each text's pooled hidden state, from the rows of yes and no [2, H] of the lm_head."""
-        if self.ops.norm_score is None or not self.shortcuts:
-            return p_yes(self.embed(batch, normalize=False), yes_no)
-        x, rows = self.run_layers(batch, last_token=True), batch.last_token.cu_seqlens_q
-        return self.norm(x, self.ops.norm_score, rows, yes_minus_no(yes_no))
-
-    @property
-    def lm_head_name(self) -> str:
-        """The parameter that turns hidden states into logits: ``lm_head.weight``, or the embeddings it is tied to."""
-        return "lm_head.weight" if self.lm_head is not None else "embed_tokens.weight"
-
-    def lm_head_rows(self, token_ids: Sequence[int]) -> Tensor:
-        """The rows of these tokens [n, H] of the lm_head, in place of all."""
-        weight = self.get_parameter(self.lm_head_name)
-        return torch.stack([weight[i] for i in token_ids])  # an index tensor would make a GPU wait
-
-    def _hook(self, batch: PackedBatch, prefix: str = "") -> Callable[[str, Tensor], Tensor]:
-        """A function of (name below prefix, tensor) that passes the tensor through every active hook."""
-        if not self.hooks:
-            return _identity
-
-        def hook(name: str, x: Tensor) -> Tensor:
-            for function in self.hooks:
-                x = function(prefix + name, x, batch)
-            return x
-
-        return hook
-
-    def extra_repr(self) -> str:
-        return f"{self.config},\n{self.ops}"
-
-
-def _identity(name: str, x: Tensor) -> Tensor:
-    return x
 
 
 def rope_cos_sin(position_ids: Tensor, config: Qwen3Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -307,3 +303,7 @@ def _inv_freq(head_dim: int, rope_theta: float, device: torch.device) -> Tensor:
     # On the CPU for every device, so that all share the same bits.
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     return (1.0 / rope_theta**exponents).to(device)
+
+
+def _identity(name: str, x: Tensor) -> Tensor:
+    return x

@@ -158,7 +158,7 @@ def pool(hidden_states: Tensor, cu_seqlens: Tensor, dim: int, normalize: bool) -
 
 
 def p_yes(pooled: Tensor, yes_no: Tensor) -> Tensor:
-    """sigmoid(pooled . (w_yes - w_no)): [N, H] float32 and the two rows [2, H] of the head to [N] float32.
+    """sigmoid(pooled . (w_yes - w_no)): [N, H] float32 and the two rows [2, H] of the lm_head to [N] float32.
 
     Equals the softmax over the two logits; the difference is taken in float32, where near-ties survive.
     """
@@ -166,6 +166,6 @@ def p_yes(pooled: Tensor, yes_no: Tensor) -> Tensor:
 
 
 def yes_minus_no(yes_no: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The direction of P(yes) in the space of last hidden states: w_yes - w_no [H], from rows [2, H] of the head."""
+    """The direction of P(yes) in the space of last hidden states: w_yes - w_no [H], from rows [2, H] of the lm_head."""
     yes, no = yes_no.to(dtype)
     return yes - no

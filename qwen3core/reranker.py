@@ -60,6 +60,23 @@ class Reranker(Pretrained):
         super().__init__(model, tokenizer, max_length=max_length, prefix_cache_tokens=prefix_cache_tokens)
         self.yes_id, self.no_id = self.tokenizer.yes_no()
 
+    def rank(
+        self,
+        query: str,
+        documents: Iterable[str],
+        *,
+        top_k: int | None = None,
+        return_documents: bool = False,
+        **options: Unpack[PredictOptions],
+    ) -> list[Hit]:
+        """Documents by P(yes), best first, at most ``top_k``; options are those of ``predict``. Raises InputError."""
+        documents = as_list("documents", documents)
+        if top_k is not None:
+            check_int("top_k", top_k, 0)
+        scores = self.predict([(query, document) for document in documents], **options)
+        hits = [Hit(corpus_id=i, score=float(scores[i])) for i in ranked(scores, top_k)]
+        return [Hit(**hit, text=documents[hit["corpus_id"]]) for hit in hits] if return_documents else hits
+
     @overload
     def predict(
         self, pairs: Pairs, *, convert_to_tensor: Literal[False] = False, **options: Unpack[PredictOptions]
@@ -109,29 +126,6 @@ class Reranker(Pretrained):
         result = scores[0] if single else scores
         return result if convert_to_tensor else result.cpu().numpy()
 
-    def to_sequences(self, token_ids: list[list[int]]) -> list[list[int]]:
-        return self.tokenizer.apply_template(token_ids, self.max_length)
-
-    def compute(self, batch: PackedBatch, **options: Any) -> Tensor:
-        return self.model.score(batch, self.yes_no)
-
-    def rank(
-        self,
-        query: str,
-        documents: Iterable[str],
-        *,
-        top_k: int | None = None,
-        return_documents: bool = False,
-        **options: Unpack[PredictOptions],
-    ) -> list[Hit]:
-        """Documents by P(yes), best first, at most ``top_k``; options are those of ``predict``. Raises InputError."""
-        documents = as_list("documents", documents)
-        if top_k is not None:
-            check_int("top_k", top_k, 0)
-        scores = self.predict([(query, document) for document in documents], **options)
-        hits = [Hit(corpus_id=i, score=float(scores[i])) for i in ranked(scores, top_k)]
-        return [Hit(**hit, text=documents[hit["corpus_id"]]) for hit in hits] if return_documents else hits
-
     def _prefixes(self, task: str, queries: list[str]) -> list[Prefix]:
         """For each pair, what all pairs of its query begin with; for queries of a single pair, what all of these do."""
         counts = Counter(queries)
@@ -140,15 +134,16 @@ class Reranker(Pretrained):
         prefixes = {query: (*self.tokenizer.prefix, *ids) for query, ids in zip(starts, token_ids, strict=True)}
         return [prefixes[query] for query in queries]
 
+    def to_sequences(self, token_ids: list[list[int]]) -> list[list[int]]:
+        return self.tokenizer.apply_template(token_ids, self.max_length)
+
+    def compute(self, batch: PackedBatch, **options: Any) -> Tensor:
+        return self.model.score(batch, self.yes_no)
+
     @property
     def yes_no(self) -> Tensor:
         """The rows of yes and no [2, H] of the lm_head."""
         return self.model.lm_head_rows((self.yes_id, self.no_id))
-
-
-def ranked(scores: Sequence[float] | Scores | Tensor, top_k: int | None = None) -> list[int]:
-    """Indices of the ``top_k`` highest scores (of all, by default), best first, equal ones in the order given."""
-    return sorted(range(len(scores)), key=lambda i: -float(scores[i]))[:top_k]
 
 
 def _checked(pairs: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
@@ -162,3 +157,8 @@ def _checked(pairs: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
             check_text(f"pair {index}: {role}", text)
         checked.append((query, document))
     return checked
+
+
+def ranked(scores: Sequence[float] | Scores | Tensor, top_k: int | None = None) -> list[int]:
+    """Indices of the ``top_k`` highest scores (of all, by default), best first, equal ones in the order given."""
+    return sorted(range(len(scores)), key=lambda i: -float(scores[i]))[:top_k]
