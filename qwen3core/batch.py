@@ -67,8 +67,8 @@ class PackedBatch:
     """[T] int64, from 0 in each text, its prefix included."""
     cu_seqlens: Tensor
     """[sequences + 1] int32, from 0 to T."""
-    indices: tuple[int, ...]
-    """[N], where each text stood in the caller's list."""
+    indices: Tensor
+    """[N] int64, where each text stood in the caller's list."""
     full: VarlenLayout
     """Every row queries."""
     last_token: VarlenLayout
@@ -127,7 +127,7 @@ def pack(
         input_ids=to_device(torch.tensor([i for row in rows for i in row]), device),
         position_ids=to_device(torch.cat(positions), device),
         cu_seqlens=full.cu_seqlens_q,
-        indices=tuple(indices) if indices is not None else tuple(range(len(sequences))),
+        indices=to_device(torch.tensor(range(len(sequences)) if indices is None else indices), device),
         full=full,
         last_token=last_token,
         prefix_kv=_concatenate([prefix_kv[prefix] for prefix in cached]) if cached else None,

@@ -191,8 +191,8 @@ class Embedder(Pretrained):
             raise InputError(f"prompt_name: expected one of {', '.join(self.prompts)}, found {name!r}")
         return self.prompts[name]
 
-    def to_sequences(self, token_ids: list[list[int]]) -> list[list[int]]:
-        return self.tokenizer.append_eos(token_ids, self.max_length)
+    def to_sequences(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer.embedding(texts, self.max_length)
 
     def compute(self, batch: PackedBatch, **options: Any) -> Tensor:
         return self.model.embed(batch, **options)

@@ -1,10 +1,14 @@
 """Every error that qwen3core raises on purpose; each message names the thing, what was expected, what was found."""
 
+import re
 import sys
 import warnings
 from collections.abc import Iterable
 from numbers import Integral
 from typing import Any
+
+LONGEST_SPACE = 5_000_000
+"""The tokenizers library's regex panics on a run of ten million white spaces."""
 
 
 class Qwen3CoreError(ValueError):
@@ -51,6 +55,21 @@ def check_text(name: str, value: object) -> None:
     """Raise InputError unless ``value`` is a str."""
     if not isinstance(value, str):
         raise InputError(f"{name}: expected text (str), found {type(value).__name__}")
+
+
+def check_texts(texts: Iterable[str]) -> None:
+    """Raise InputError, naming the index, for what is not Unicode text."""
+    for index, text in enumerate(texts):
+        check_text(f"input {index}", text)
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"input {index}: expected Unicode text, found a lone surrogate {text[error.start]!r} "
+                f"at character {error.start}"
+            ) from None
+        if len(text) > LONGEST_SPACE and any(len(run) > LONGEST_SPACE for run in re.findall(r"\s+", text)):
+            raise InputError(f"input {index}: expected at most {LONGEST_SPACE} white spaces in a row, found more")
 
 
 def as_list(name: str, values: Iterable[Any]) -> list[Any]:

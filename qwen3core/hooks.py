@@ -82,7 +82,7 @@ class Activations(Mapping[str, Tensor]):
         for batch, x in self._passes(name):
             lengths = batch.cu_seqlens.diff().tolist()
             parts = x.unbind(0) if name == "pooled" else x.split(lengths)[-len(batch.indices) :]
-            for index, part in zip(batch.indices, parts, strict=True):
+            for index, part in zip(batch.indices.tolist(), parts, strict=True):
                 if index in texts:
                     raise InputError(f"per_text({name!r}): expected one call in the capture, found text {index} twice")
                 texts[index] = part

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .batch import PackedBatch, Prefix, pack, to_device
-from .errors import InputError, check_int
+from .batch import PackedBatch, Prefix, pack
+from .errors import InputError, check_int, check_texts
 from .model import Qwen3Model
 from .ops import Ops
 from .planning import plan, shared_prefixes
@@ -101,8 +101,8 @@ class Pretrained:
         """More arguments of ``__init__``, from the checkpoint's other files."""
         return {}
 
-    def to_sequences(self, token_ids: list[list[int]]) -> list[list[int]]:
-        """Whole sequences, ready for the model, from the ids of the texts alone."""
+    def to_sequences(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of whole sequences, ready for the model. Called in a thread for the next texts."""
         raise NotImplementedError
 
     def compute(self, batch: PackedBatch, **options: Any) -> Tensor:
@@ -142,14 +142,14 @@ class Pretrained:
         """
         if batch_tokens is not None:
             check_int("batch_tokens", batch_tokens, 1)
-        self.tokenizer.check(texts)
+        check_texts(texts)
         first_equal = self._deduplicate(texts)
         distinct = list(dict.fromkeys(first_equal))
         out = torch.empty(len(texts), *shape, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
         disable = None if show_progress_bar is None else not show_progress_bar  # None: unless on a terminal
         with torch.no_grad(), tqdm(total=len(distinct), disable=disable, delay=1, unit="text", leave=False) as bar:
             for batch in self._batches(texts, prefixes, distinct, batch_tokens):
-                out[to_device(torch.tensor(batch.indices), self.device)] = self.compute(batch, **options)
+                out[batch.indices] = self.compute(batch, **options)
                 bar.update(len(batch.indices))
         return out if len(distinct) == len(texts) else out[first_equal]
 
@@ -165,27 +165,10 @@ class Pretrained:
     ) -> Iterator[PackedBatch]:
         """Packed batches of the texts at these indices; the next block is tokenised while one is computed."""
         blocks = [indices[i : i + TEXTS_PER_BLOCK] for i in range(0, len(indices), TEXTS_PER_BLOCK)]
-        token_ids = prefetch(([texts[i] for i in block] for block in blocks), self.tokenizer.encode)
-        for block, ids in zip(blocks, token_ids, strict=True):
-            sequences = self.to_sequences(ids)
+        tokenised = prefetch(([texts[i] for i in block] for block in blocks), self.to_sequences)
+        for block, sequences in zip(blocks, tokenised, strict=True):
             self._check(block, sequences, batch_tokens)
             yield from self._pack_block(block, sequences, [prefixes[i] for i in block], batch_tokens)
-
-    def _pack_block(
-        self, indices: list[int], sequences: list[list[int]], prefixes: list[Prefix], batch_tokens: int | None
-    ) -> Iterator[PackedBatch]:
-        """Packed batches of these sequences; what they share, where it may be shared, comes from the cache or once."""
-        shared = shared_prefixes(sequences, prefixes) if self.model.shortcuts else [()] * len(sequences)
-        cached = self.prefix_cache.get(shared, self.model)
-        limit = batch_tokens or BATCH_TOKENS.get(self.device.type, 4096)
-        for group in plan([len(ids) for ids in sequences], limit, shared):
-            yield pack(
-                [sequences[i] for i in group],
-                device=self.device,
-                indices=[indices[i] for i in group],
-                prefixes=[shared[i] for i in group],
-                prefix_kv=cached,
-            )
 
     def _check(self, indices: list[int], sequences: list[list[int]], batch_tokens: int | None) -> None:
         """Raise InputError for a sequence that the model or the batch cannot hold."""
@@ -198,6 +181,23 @@ class Pretrained:
             raise InputError(
                 f"batch_tokens: expected at least {len(longest)}, the length in tokens of the longest input "
                 f"(index {indices[sequences.index(longest)]}), found {batch_tokens}"
+            )
+
+    def _pack_block(
+        self, indices: list[int], sequences: list[list[int]], prefixes: list[Prefix], batch_tokens: int | None
+    ) -> Iterator[PackedBatch]:
+        """Packed batches of these sequences; what they share, where it may be shared, comes from the cache or once."""
+        shared = shared_prefixes(sequences, prefixes) if self.model.shortcuts else [()] * len(sequences)
+        limit = batch_tokens or BATCH_TOKENS.get(self.device.type, 4096)
+        groups = plan([len(ids) for ids in sequences], limit, shared)
+        cached = self.prefix_cache.get(shared, self.model)
+        for group in groups:
+            yield pack(
+                [sequences[i] for i in group],
+                device=self.device,
+                indices=[indices[i] for i in group],
+                prefixes=[shared[i] for i in group],
+                prefix_kv=cached,
             )
 
 

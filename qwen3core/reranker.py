@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .batch import PackedBatch, Prefix
+from .batch import PackedBatch
 from .errors import InputError, as_list, check_int, check_text
 from .model import Qwen3Model
 from .pretrained import MAX_LENGTH, Pretrained
@@ -116,9 +116,14 @@ class Reranker(Pretrained):
         task = DEFAULT_TASK if instruction is None else instruction
         check_text("instruction", task)
         checked = _checked([pairs] if single else pairs)
+        # All pairs of a query begin with it; those of queries with a single pair, with what comes before any query.
+        counts = Counter(query for query, _ in checked)
+        starts = {query: reranker_body(task, query if n > 1 else "", "") for query, n in counts.items()}
+        token_ids = self.tokenizer.encode(list(starts.values()))
+        prefixes = {query: (*self.tokenizer.prefix, *ids) for query, ids in zip(starts, token_ids, strict=True)}
         scores = self.run(
             [reranker_body(task, query, document) for query, document in checked],
-            self._prefixes(task, [query for query, _ in checked]),
+            [prefixes[query] for query, _ in checked],
             (),
             batch_tokens=batch_tokens,
             show_progress_bar=show_progress_bar,
@@ -126,16 +131,8 @@ class Reranker(Pretrained):
         result = scores[0] if single else scores
         return result if convert_to_tensor else result.cpu().numpy()
 
-    def _prefixes(self, task: str, queries: list[str]) -> list[Prefix]:
-        """For each pair, what all pairs of its query begin with; for queries of a single pair, what all of these do."""
-        counts = Counter(queries)
-        starts = {query: reranker_body(task, query if n > 1 else "", "") for query, n in counts.items()}
-        token_ids = self.tokenizer.encode(list(starts.values()))
-        prefixes = {query: (*self.tokenizer.prefix, *ids) for query, ids in zip(starts, token_ids, strict=True)}
-        return [prefixes[query] for query in queries]
-
-    def to_sequences(self, token_ids: list[list[int]]) -> list[list[int]]:
-        return self.tokenizer.apply_template(token_ids, self.max_length)
+    def to_sequences(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer.reranking(texts, self.max_length)
 
     def compute(self, batch: PackedBatch, **options: Any) -> Tensor:
         return self.model.score(batch, self.yes_no)

@@ -1,6 +1,5 @@
 """Text to token ids by the checkpoints' conventions: only content is ever truncated, never EOS, never a template."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,7 @@ from typing import Any
 import tokenizers
 
 from . import prompts
-from .errors import CheckpointError, InputError, check_text, warn
-
-LONGEST_SPACE = 5_000_000
-"""The tokenizers library's regex panics on a run of ten million white spaces."""
+from .errors import CheckpointError, InputError, check_texts, warn
 
 
 class Tokenizer:
@@ -61,23 +57,9 @@ class Tokenizer:
         self.__dict__ |= state
         self.backend.encode_special_tokens = self.split_special_tokens
 
-    def check(self, texts: Sequence[str]) -> None:
-        """Raise InputError, naming the index, for what is not Unicode text."""
-        for index, text in enumerate(texts):
-            check_text(f"input {index}", text)
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise InputError(
-                    f"input {index}: expected Unicode text, found a lone surrogate {text[error.start]!r} "
-                    f"at character {error.start}"
-                ) from None
-            if len(text) > LONGEST_SPACE and any(len(run) > LONGEST_SPACE for run in re.findall(r"\s+", text)):
-                raise InputError(f"input {index}: expected at most {LONGEST_SPACE} white spaces in a row, found more")
-
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of the texts alone. Raises InputError, naming the index, for what is not Unicode text."""
-        self.check(texts)
+        check_texts(texts)
         return [e.ids for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def embedding(self, texts: Sequence[str], max_length: int) -> list[list[int]]:

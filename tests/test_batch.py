@@ -41,7 +41,7 @@ def test_pack():
     assert batch.position_ids.tolist() == [0, 1, 2, 0, 0, 1]
     assert batch.cu_seqlens.tolist() == [0, 3, 4, 6]
     assert (batch.input_ids.dtype, batch.cu_seqlens.dtype) == (torch.int64, torch.int32)
-    assert (batch.full.max_seqlen_q, batch.indices) == (3, (4, 0, 2))
+    assert (batch.full.max_seqlen_q, batch.indices.tolist()) == (3, [4, 0, 2])
     for empty in ([], [[1], []]):
         with pytest.raises(InputError, match="expected one or more sequences of at least one token"):
             pack(empty)

@@ -49,23 +49,22 @@ class CachedGradients:
         """Add the gradients of these examples; their loss and number of tokens. Raises InputError for too few texts."""
         sequences, prefixes, targets = self.task.batch(examples)
         batches = self.pack(sequences, prefixes)
-        rows = [torch.tensor(batch.indices, device=self.device) for batch in batches]
         single = len(batches) == 1  # fits as it is: nothing is computed twice
         with torch.set_grad_enabled(single):
             results = [self._forward(batch) for batch in batches]
         outputs = results[0].new_zeros(len(sequences), *results[0].shape[1:])
-        for row, result in zip(rows, results, strict=True):
-            outputs[row] = result.detach()
+        for batch, result in zip(batches, results, strict=True):
+            outputs[batch.indices] = result.detach()
         if self.world > 1:
             dist.all_reduce(outputs)  # each process has filled its own rows
         outputs.requires_grad_()
         loss = self.task.loss(outputs, targets.to(self.device))
         [gradient] = torch.autograd.grad(loss, outputs)
-        for row, batch in zip(rows, batches, strict=True):
+        for batch in batches:
             sync = batch is batches[-1] or not isinstance(self.module, DistributedDataParallel)
             with nullcontext() if sync else self.module.no_sync():  # type: ignore[operator]
                 # DDP divides by the number of processes, but each has the gradient of the whole loss by its rows.
-                (results[0] if single else self._forward(batch)).backward(gradient[row] * self.world)
+                (results[0] if single else self._forward(batch)).backward(gradient[batch.indices] * self.world)
         return loss.item(), sum(map(len, sequences))
 
     def pack(self, sequences: Sequence[list[int]], prefixes: Sequence[tuple[int, ...]]) -> list[PackedBatch]:
