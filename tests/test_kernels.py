@@ -545,6 +545,7 @@ def test_whole_model(kind, counts, device, request):
 
 @pytest.mark.parametrize("kind", ["embedding", slow("reranker")])
 def test_parity_command(kind, device, request, capsys):
+    pytest.importorskip("transformers")
     directory = request.getfixturevalue(f"{kind}_dir")
     texts = ["Gravity attracts.", "Paris"] if kind == "embedding" else ["<Query>: a\n<Document>: b", "x"]
     options = ["--ops", "triton", "--dtype", "float32", "--inputs", *texts]
