@@ -521,7 +521,7 @@ def test_registration(name, device):
 
 
 @pytest.mark.parametrize("counts", [(6, 1, 9), slow((17, 1, 70))], ids=str)
-@pytest.mark.parametrize("kind", ["embedding", "reranker"])
+@pytest.mark.parametrize("kind", ["embedding", slow("reranker")])
 def test_whole_model(kind, counts, device, request):
     """ops="triton" is as exact as ops="reference", fused and hooked, embedding and reranker, values and gradients."""
     directory = request.getfixturevalue(f"{kind}_dir")
@@ -565,6 +565,7 @@ def test_points_between_fused_operations_can_be_edited(embedding_dir, device):
     assert (changed - before).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks(embedding_dir, device):
     model = load_model(embedding_dir, dtype="float32", ops="triton", device=device)
     batch = pack([[1, 2, 3], [4]], device=device)
