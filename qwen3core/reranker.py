@@ -127,6 +127,7 @@ class Reranker(Pretrained):
             (),
             batch_tokens=batch_tokens,
             show_progress_bar=show_progress_bar,
+            yes_no=self.yes_no,
         )
         result = scores[0] if single else scores
         return result if convert_to_tensor else result.cpu().numpy()
@@ -135,7 +136,7 @@ class Reranker(Pretrained):
         return self.tokenizer.reranking(texts, self.max_length)
 
     def compute(self, batch: PackedBatch, **options: Any) -> Tensor:
-        return self.model.score(batch, self.yes_no)
+        return self.model.score(batch, **options)
 
     @property
     def yes_no(self) -> Tensor:
