@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from .batch import PackedBatch
 from .config import read_json
-from .errors import CheckpointError, InputError, as_list, check_int, check_text, warn
+from .errors import CheckpointError, InputError, check_int, check_text, warn
 from .model import Qwen3Model
 from .pretrained import MAX_LENGTH, Pretrained
 from .prompts import EMBEDDING_PROMPTS, embedding_query
+from .reading import as_list
 from .tokenizer import Tokenizer
 
 Texts = str | Iterable[str]

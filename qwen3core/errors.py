@@ -1,11 +1,11 @@
 """Every error that qwen3core raises on purpose; each message names the thing, what was expected, what was found."""
 
+import math
 import re
 import sys
 import warnings
 from collections.abc import Iterable
-from numbers import Integral
-from typing import Any
+from numbers import Integral, Real
 
 LONGEST_SPACE = 5_000_000
 """The tokenizers library's regex panics on a run of ten million white spaces."""
@@ -51,35 +51,40 @@ def check_int(name: str, value: object, low: int, high: int | None = None) -> No
         raise InputError(f"{name}: expected an integer {bounds}, found {value!r}")
 
 
+def check_number(name: str, value: object, low: float, high: float = math.inf, *, above: bool = False) -> None:
+    """Raise InputError unless ``value`` is a finite number from ``low`` to ``high``; above: and not ``low`` itself."""
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not (low <= number <= high) or math.isinf(number) or (above and number == low):
+        bounds = f"{'above' if above else 'of at least'} {low:g}" + (
+            f" and at most {high:g}" if high < math.inf else ""
+        )
+        raise InputError(f"{name}: expected a finite number {bounds}, found {value!r}")
+
+
 def check_text(name: str, value: object) -> None:
     """Raise InputError unless ``value`` is a str."""
     if not isinstance(value, str):
         raise InputError(f"{name}: expected text (str), found {type(value).__name__}")
 
 
+def check_unicode(name: str, text: object) -> None:
+    """Raise InputError unless ``text`` is a str of Unicode text, which a lone surrogate is not."""
+    check_text(name, text)
+    assert isinstance(text, str)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{name}: expected Unicode text, found a lone surrogate {text[error.start]!r} at character {error.start}"
+        ) from None
+    if len(text) > LONGEST_SPACE and any(len(run) > LONGEST_SPACE for run in re.findall(r"\s+", text)):
+        raise InputError(f"{name}: expected at most {LONGEST_SPACE} white spaces in a row, found more")
+
+
 def check_texts(texts: Iterable[str]) -> None:
     """Raise InputError, naming the index, for what is not Unicode text."""
     for index, text in enumerate(texts):
-        check_text(f"input {index}", text)
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"input {index}: expected Unicode text, found a lone surrogate {text[error.start]!r} "
-                f"at character {error.start}"
-            ) from None
-        if len(text) > LONGEST_SPACE and any(len(run) > LONGEST_SPACE for run in re.findall(r"\s+", text)):
-            raise InputError(f"input {index}: expected at most {LONGEST_SPACE} white spaces in a row, found more")
-
-
-def as_list(name: str, values: Iterable[Any]) -> list[Any]:
-    """Any iterable but a text, bytes or a dict, as a list. Raises InputError."""
-    if isinstance(values, (str, bytes, dict)) or not isinstance(values, Iterable):
-        raise InputError(f"{name}: expected a list, found {type(values).__name__}")
-    try:
-        return list(values)
-    except TypeError as error:  # an array of no dimensions
-        raise InputError(f"{name}: expected a list, found {type(values).__name__} ({error})") from error
+        check_unicode(f"input {index}", text)
 
 
 def warn(message: str) -> None:

@@ -16,6 +16,7 @@ from .model import Qwen3Model
 from .ops import Ops
 from .planning import plan, shared_prefixes
 from .prefix_cache import PrefixCache
+from .reading import as_iterator
 from .tokenizer import Tokenizer
 from .weights.build import load_model
 from .weights.find import find
@@ -208,7 +209,7 @@ def stream(
 
     Args:
         call: ``encode``, ``encode_query``, ``encode_document`` or ``predict``.
-        inputs: texts or pairs.
+        inputs: texts or pairs; of an open file, the lines without their ends.
         block_size: inputs of a block.
 
     Raises:
@@ -220,7 +221,7 @@ def stream(
         [(2, 256), (1, 256)]
     """
     check_int("block_size", block_size, 1)
-    source, start = iter(inputs), 0
+    source, start = as_iterator("inputs", inputs), 0
     while block := list(islice(source, block_size)):
         try:
             yield call(block, **options)

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .batch import PackedBatch
-from .errors import InputError, as_list, check_int, check_text
+from .errors import InputError, check_int, check_text
 from .model import Qwen3Model
 from .pretrained import MAX_LENGTH, Pretrained
 from .prompts import DEFAULT_TASK, reranker_body
+from .reading import as_list
 from .tokenizer import Tokenizer
 
 Pairs = Iterable[Sequence[str]]

@@ -67,7 +67,7 @@ def test_embed_writes_each_format(embedding_dir, vectors, inputs, tmp_path, suff
 
 
 def test_embed_options_and_standard_input(embedding_dir, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("first\nsecond\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"first\nsecond\n")))
     assert (
         main(["embed", str(embedding_dir), "-", "--instruction", "Find it", "--dim", "40", "--dtype", "float32"]) == 0
     )
@@ -145,15 +145,15 @@ def test_synthesize(tmp_path, capsys):
         (["embed", "{model}", "missing.txt"], "missing.txt"),
         (["embed", "{model}", "{tmp}/rows.jsonl"], "rows.jsonl, line 2: expected JSON, found '{oops'"),
         (["embed", "{model}", "{tmp}/numbers.jsonl"], "numbers.jsonl, line 1: expected a text, or an object with"),
-        (["embed", "{model}", "{tmp}/latin.txt"], "latin.txt: expected UTF-8 text, found byte 0xe9"),
+        (["embed", "{model}", "{tmp}/latin.txt"], "latin.txt, line 1: expected UTF-8 text, found byte 0xe9"),
         (
-            ["embed", "{tmp}/absent", "x"],
+            ["embed", "{tmp}/absent", "x y"],
             "absent: expected a checkpoint directory, one of tiny-embedding, tiny-reranker, or a hub id",
         ),
-        (["embed", "{model}", "x", "--dim", "65"], "truncate_dim: expected an integer from 1 to 64, found 65"),
+        (["embed", "{model}", "x y", "--dim", "65"], "truncate_dim: expected an integer from 1 to 64, found 65"),
         (["embed", "{model}", "x y z", "--batch-tokens", "1"], "batch_tokens: expected at least"),
         (
-            ["rerank", "{model}", "x", "--query", "q", "--top-k", "-1"],
+            ["rerank", "{model}", "x y", "--query", "q", "--top-k", "-1"],
             "top_k: expected an integer of at least 0, found -1",
         ),
         (["rerank", "{model}", "no query"], "argument 'no query': expected --query, or .jsonl rows with query"),
@@ -196,6 +196,6 @@ def test_a_failing_write_keeps_the_old_file(embedding_dir, tmp_path, monkeypatch
         raise OSError("disk full")
 
     monkeypatch.setattr(files.np, "save", fail)
-    assert main(["embed", str(embedding_dir), "x", "-o", str(out)]) == 2
+    assert main(["embed", str(embedding_dir), "--text", "x", "-o", str(out)]) == 2
     assert out.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [out]

@@ -4,13 +4,14 @@ A group has ``register(commands)``. Its functions take the parsed arguments and 
 """
 
 import argparse
+import io
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 
 from ..errors import Qwen3CoreError
-from . import checkpoints, run, training
+from . import checkpoints, evaluation, run, training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,9 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="qwen3core", description="Qwen3-Embedding and Qwen3-Reranker in plain PyTorch."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (run, training, checkpoints):
+    for group in (run, training, evaluation, checkpoints):
         group.register(commands)
     args = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # as all that is read, whatever the locale says
     warnings.formatwarning = lambda message, *_, **__: f"qwen3core: {message}\n"
     try:
         return args.run(args)

@@ -45,10 +45,11 @@ def add_split_special_tokens(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_pretrained(kind: type[Opened], args: argparse.Namespace) -> Opened:
-    """The checkpoint that the arguments name, with their options."""
-    names = ("revision", "dtype", "device", "ops", "max_length", "split_special_tokens")
-    return kind.from_pretrained(args.model, **{name: getattr(args, name) for name in names})
+def open_pretrained(kind: type[Opened], args: argparse.Namespace, **changed: Any) -> Opened:
+    """The checkpoint that the arguments name, with their options; changed: in place of theirs."""
+    names = ("model", "revision", "dtype", "device", "ops", "max_length", "split_special_tokens")
+    options = {name: value for name, value in vars(args).items() if name in names} | changed
+    return kind.from_pretrained(options.pop("model"), **options)
 
 
 def require(package: str, module: str) -> None:

@@ -3,8 +3,8 @@
 import argparse
 import json
 import os
+import re
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,25 +13,52 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from ..errors import InputError
-from ..jsonl import numbered_lines, parse_json, read_text
+from ..errors import InputError, check_unicode
+from ..reading import ENDINGS, read_rows
+from ..writing import writing
 
 FORMATS = (".jsonl", ".npy", ".safetensors")
 
 
-def read_inputs(inputs: Sequence[str]) -> list[tuple[Any, str]]:
-    """(text or JSON row, where it came from) of every text, .txt line, .jsonl row, and line of standard input (-)."""
+def add_inputs(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the arguments of ``read_inputs``."""
+    parser.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help=f"{what}: a {' or '.join(ENDINGS)} file, - (standard input), or a text of several words",
+    )
+    parser.add_argument(
+        "--text",
+        type=text_argument,
+        action="append",
+        default=[],
+        help="a text, whatever it looks like; may be repeated",
+    )
+
+
+def read_inputs(inputs: Sequence[str], texts: Sequence[str] = ()) -> list[tuple[Any, str]]:
+    """(text or JSON row, where it came from) of every row of the inputs, then the texts. Raises InputError.
+
+    An input that is no file is a text where it could not be the name of one: it has a space, and no ending.
+    """
     rows: list[tuple[Any, str]] = []
     for item in inputs:
-        if item == "-":
-            rows += numbered_lines(sys.stdin.read(), "standard input")
-        elif item.endswith(".txt"):
-            rows += numbered_lines(read_text(item), item)
-        elif item.endswith(".jsonl"):
-            rows += ((parse_json(line, where), where) for line, where in numbered_lines(read_text(item), item))
+        if item == "-" or Path(item).suffix.lower() in ENDINGS or os.path.exists(item):
+            rows += read_rows(item)
+        elif re.search(r"\s", item) and not re.search(r"\.\w+$", item):
+            rows.append((text_argument(item), f"argument {item[:40]!r}"))
         else:
-            rows.append((item, f"argument {item[:40]!r}"))
-    return rows
+            raise InputError(f"{item}: expected a file, or a text by --text, found nothing of this name")
+    return rows + [(text, f"--text {text[:40]!r}") for text in texts]
+
+
+def text_argument(value: str) -> str:
+    """A text among the arguments, as argparse's ``type``: UTF-8, also where the locale is none of it."""
+    try:
+        return value.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeDecodeError:
+        return value  # refused, with its name, where texts are checked
 
 
 def text_of(row: Any, field: str, where: str) -> str:
@@ -39,6 +66,7 @@ def text_of(row: Any, field: str, where: str) -> str:
     text = row.get(field) if isinstance(row, dict) else row
     if not isinstance(text, str):
         raise InputError(f"{where}: expected a text, or an object with a text {field!r}, found {str(row)[:80]}")
+    check_unicode(where, text)
     return text
 
 
@@ -47,21 +75,18 @@ def write(output: str, name: str, array: NDArray[np.float32], rows: Iterable[dic
 
     name: of the array in a .safetensors file.
     """
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     if output == "-":
         sys.stdout.writelines(lines)
         return
-    target = Path(output)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        part = Path(folder) / target.name
-        if target.suffix == ".npy":
+    with writing(output) as part:
+        if part.suffix == ".npy":
             np.save(part, array)
-        elif target.suffix == ".safetensors":
+        elif part.suffix == ".safetensors":
             save_file({name: array}, part)
         else:
             with part.open("w", encoding="utf-8") as file:
                 file.writelines(lines)
-        os.replace(part, target)
 
 
 def output_name(value: str) -> str:

@@ -7,32 +7,30 @@ from ..embedder import Embedder
 from ..errors import InputError, check_int
 from ..reranker import Reranker, ranked
 from .arguments import Commands, add_command, add_model_options, add_split_special_tokens, open_pretrained
-from .files import output_name, read_inputs, text_of, write
+from .files import add_inputs, output_name, read_inputs, text_argument, text_of, write
 
 
 def register(commands: Commands) -> None:
     """Add this group's commands and their arguments."""
     add_command(commands, "demo", demo, "embed and rerank a few texts with small checkpoints, offline", model=False)
     parser = add_command(commands, "embed", embed, "texts to vectors")
-    _add_inputs(parser, "one text per line, or .jsonl rows with 'text'")
+    _add_options(parser, "one text per line, or .jsonl rows with 'text'")
     parser.add_argument("--query", action="store_true", help="the texts are queries (implied by --instruction)")
     parser.add_argument("--dim", type=int, help="first components only, normalised after the cut")
     parser = add_command(commands, "rerank", rerank, "documents by P(yes) for a query, or scores of pairs")
-    _add_inputs(
+    _add_options(
         parser, "one document per line, .jsonl rows with 'text', or without --query rows with 'query' and 'document'"
     )
-    parser.add_argument("--query", help="rank the inputs for this query")
+    parser.add_argument("--query", type=text_argument, help="rank the inputs for this query")
     parser.add_argument("--top-k", type=int, help="with --query: only the best")
 
 
-def _add_inputs(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help=f"{what}: a text, a .txt or .jsonl file, or - (stdin)"
-    )
+def _add_options(parser: argparse.ArgumentParser, what: str) -> None:
+    add_inputs(parser, what)
     parser.add_argument(
         "-o", "--output", type=output_name, default="-", help="FILE.jsonl, .npy or .safetensors; - is stdout"
     )
-    parser.add_argument("--instruction", help="the task, in one sentence")
+    parser.add_argument("--instruction", type=text_argument, help="the task, in one sentence")
     parser.add_argument("--batch-tokens", type=int, help="most tokens in one batch")
     add_split_special_tokens(parser)
     add_model_options(parser)
@@ -55,7 +53,7 @@ def demo(args: argparse.Namespace) -> int:
 
 def embed(args: argparse.Namespace) -> int:
     """Write the vector of every text."""
-    texts = [text_of(row, "text", where) for row, where in read_inputs(args.inputs)]
+    texts = [text_of(row, "text", where) for row, where in read_inputs(args.inputs, args.text)]
     embedder = open_pretrained(Embedder, args)
     if args.query or args.instruction is not None:
         vectors = embedder.encode_query(
@@ -73,7 +71,7 @@ def rerank(args: argparse.Namespace) -> int:
     if args.top_k is not None:
         check_int("top_k", args.top_k, 0)
     pairs = []
-    for row, where in read_inputs(args.inputs):
+    for row, where in read_inputs(args.inputs, args.text):
         if args.query is not None:
             pairs.append((args.query, text_of(row, "text", where)))
         elif isinstance(row, dict):

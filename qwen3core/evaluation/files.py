@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import InputError
-from ..jsonl import numbered_lines, read_jsonl, read_text
+from ..reading import read_jsonl, read_lines
 
 Pair = tuple[str, str, float]
 """Two sentences and how alike people found them."""
@@ -29,7 +29,7 @@ def read_sts(path: str | Path) -> list[Pair]:
     if str(path).endswith(".jsonl"):
         rows = [(where, [row.get(k) for k in ("sentence1", "sentence2", "score")]) for row, where in read_jsonl(path)]
     else:
-        split = ((where, line.split("\t")) for line, where in numbered_lines(read_text(path), path))
+        split = ((where, line.split("\t")) for line, where in read_lines(path))
         rows = [(where, [*columns[5:7], *columns[4:5]]) for where, columns in split]
     for where, row in rows:
         try:
@@ -50,7 +50,7 @@ def read_retrieval(folder: str | Path, qrels: str | Path | None = None) -> Retri
     corpus, queries = _texts(folder / "corpus.jsonl"), _texts(folder / "queries.jsonl")
     path = Path(qrels or folder / "qrels" / "test.tsv")
     found: dict[str, dict[str, int]] = {}
-    for number, (line, where) in enumerate(numbered_lines(read_text(path), path)):
+    for number, (line, where) in enumerate(read_lines(path)):
         columns = line.split()
         if not columns or (number == 0 and columns[-1] == "score"):
             continue

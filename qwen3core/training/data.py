@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..jsonl import read_jsonl
+from ..reading import read_jsonl
 
 SHOWN = 10
 """Broken rows that an error names."""

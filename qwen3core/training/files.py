@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import InputError
-from ..jsonl import read_jsonl
+from ..reading import read_jsonl
 
 
 class RunFiles:

@@ -1,0 +1,89 @@
+"""Texts and rows, read in one way by the commands, training, evaluation and ``stream``: files and standard input.
+
+UTF-8 whatever the locale says; a byte order mark at the beginning is no text; a line ends at ``\\n``, ``\\r\\n`` or
+``\\r``, nowhere else (U+2028 and its like are part of a text). Every error names the line.
+"""
+
+import io
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+
+ENDINGS = (".jsonl", ".txt")
+"""Of the files that ``read_rows`` reads, in any case."""
+
+
+def read_lines(source: str | Path) -> Iterator[tuple[str, str]]:
+    """(line, "source, line n") of every line, blank ones included, as it is read; ``-`` is standard input.
+
+    What follows the last line end is no line if it is empty. Raises InputError for what is not UTF-8, and OSError.
+    """
+    name = "standard input" if source == "-" else source
+    # Before the decoding, sys.stdin has the locale's.
+    with nullcontext(sys.stdin.buffer) if source == "-" else open(source, "rb") as file:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape")
+        try:
+            for number, line in enumerate(text, 1):
+                where = f"{name}, line {number}"
+                if not line.isascii() and (wrong := re.search("[\udc80-\udcff]", line)):
+                    raise InputError(f"{where}: expected UTF-8 text, found byte {ord(wrong[0]) - 0xDC00:#x}")
+                yield line.removesuffix("\n"), where
+        finally:
+            text.detach()  # which leaves standard input open
+
+
+def read_jsonl(source: str | Path, broken: list[str] | None = None) -> Iterator[tuple[Any, str]]:
+    """(JSON value, "source, line n") of every line that is not blank.
+
+    broken: takes the message of each line that is not JSON; without it, the first one raises InputError.
+    """
+    for line, where in read_lines(source):
+        if line.strip():
+            try:
+                yield _parse_json(line, where), where
+            except InputError as error:
+                if broken is None:
+                    raise
+                broken.append(str(error))
+
+
+def read_rows(source: str | Path) -> Iterator[tuple[Any, str]]:
+    """(row, where): JSON values of a .jsonl file, lines of a .txt file or of standard input. Raises InputError."""
+    ending = Path(source).suffix.lower()
+    if source != "-" and ending not in ENDINGS:
+        raise InputError(f"{source}: expected a file ending in {' or '.join(ENDINGS)}, found {ending or 'no ending'}")
+    return read_jsonl(source) if ending == ".jsonl" else read_lines(source)
+
+
+def as_iterator(name: str, values: Iterable[Any]) -> Iterator[Any]:
+    """Iterate over anything but a text, bytes or a dict; over an open file, its lines without their ends.
+
+    Raises InputError.
+    """
+    if isinstance(values, (str, bytes, dict)) or not isinstance(values, Iterable):
+        raise InputError(f"{name}: expected a list, found {type(values).__name__}")
+    try:
+        found = iter(values)
+    except TypeError as error:  # an array of no dimensions
+        raise InputError(f"{name}: expected a list, found {type(values).__name__} ({error})") from error
+    if not isinstance(values, io.TextIOBase):
+        return found
+    return (line.removesuffix("\n").removeprefix("" if n else "\ufeff") for n, line in enumerate(found))
+
+
+def as_list(name: str, values: Iterable[Any]) -> list[Any]:
+    """``as_iterator`` as a list."""
+    return list(as_iterator(name, values))
+
+
+def _parse_json(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: expected JSON, found {line[:80]!r}") from error
