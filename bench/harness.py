@@ -15,6 +15,8 @@ import numpy
 import torch
 import triton
 
+from qwen3core.writing import writing
+
 RESULTS = Path(__file__).parent / "results"
 FLUSH = 2**30
 """Bytes zeroed before each measurement on a GPU: far more than any L2 holds, and long enough (0.3 ms at 4 TB/s) for the
@@ -126,5 +128,6 @@ def save(folder: Path, name: str, rows: Iterable[dict], environment: dict, ceili
     path = Path(folder) / slug / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     found = {"environment": environment, "ceilings": ceilings, "rows": list(rows)}
-    path.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    with writing(path) as part:
+        part.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
     return path

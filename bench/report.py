@@ -5,6 +5,7 @@ from pathlib import Path
 
 from bench.harness import RESULTS
 from bench.workloads import OURS, Row
+from qwen3core.writing import writing
 
 README = Path(__file__).parent / "README.md"
 
@@ -69,4 +70,5 @@ def write_tables() -> None:
     """Put the tables of all devices between the two marks of bench/README.md."""
     before, mark, rest = README.read_text("utf-8").partition("<!-- bench -->\n")
     _, end, after = rest.partition("<!-- /bench -->")
-    README.write_text(f"{before}{mark}{tables()}{end}{after}", "utf-8")
+    with writing(README) as part:
+        part.write_text(f"{before}{mark}{tables()}{end}{after}", "utf-8")

@@ -24,6 +24,7 @@ from qwen3core.config import OFFICIAL_SIZES, Qwen3Config
 from qwen3core.errors import InputError
 from qwen3core.model import Qwen3Model
 from qwen3core.tokenizer import Tokenizer
+from qwen3core.writing import writing_into
 
 from .tensors import INDEX, SAFETENSORS_DTYPES, SINGLE
 
@@ -73,15 +74,15 @@ def synthesize(
     if not sparse and (tokenizer is None or layout.config.vocab_size == 0):
         layout = replace(layout, config=replace(layout.config, vocab_size=tok.get_vocab_size()))
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, data in _json_files(layout, tok).items():
-        (directory / name).parent.mkdir(exist_ok=True)
-        (directory / name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _write_tokenizer(directory, layout, tok)
     official = Path(tokenizer).with_name("tokenizer_config.json") if tokenizer else None
-    if official and official.exists():
-        shutil.copyfile(official, directory / official.name)
-    _write_weights(directory, layout, None if sparse else seed)
+    with writing_into(directory) as part:
+        for name, data in _json_files(layout, tok).items():
+            (part / name).parent.mkdir(exist_ok=True)
+            (part / name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        _write_tokenizer(part, layout, tok)
+        if official and official.exists():
+            shutil.copyfile(official, part / official.name)
+        _write_weights(part, layout, None if sparse else seed)
     return directory
 
 
@@ -224,5 +225,8 @@ def _write_tokenizer(directory: Path, layout: Layout, tok: tokenizers.Tokenizer)
         eos = (prompts.EOS, tok.encode(prompts.EOS, add_special_tokens=False).ids[0])
         append = processors.TemplateProcessing(single=f"$A {eos[0]}", special_tokens=[eos])
         tok.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), append])
-    tok.save(str(directory / "tokenizer.json"))
-    tok.model.save(str(directory))  # vocab.json, merges.txt
+    try:
+        tok.save(str(directory / "tokenizer.json"))
+        tok.model.save(str(directory))  # vocab.json, merges.txt
+    except Exception as error:  # the library raises bare Exception
+        raise OSError(f"{directory}: {error}") from error
