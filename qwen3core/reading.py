@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, check_unicode
 
 ENDINGS = (".jsonl", ".txt")
 """Of the files that ``read_rows`` reads, in any case."""
@@ -22,7 +22,8 @@ ENDINGS = (".jsonl", ".txt")
 def read_lines(source: str | Path) -> Iterator[tuple[str, str]]:
     """(line, "source, line n") of every line, blank ones included, as it is read; ``-`` is standard input.
 
-    What follows the last line end is no line if it is empty. Raises InputError for what is not UTF-8, and OSError.
+    What follows the last line end is no line if it is empty. Raises InputError (not UTF-8, or what ``check_unicode``
+    refuses) and OSError.
     """
     name = "standard input" if source == "-" else source
     # Before the decoding, sys.stdin has the locale's.
@@ -33,7 +34,9 @@ def read_lines(source: str | Path) -> Iterator[tuple[str, str]]:
                 where = f"{name}, line {number}"
                 if not line.isascii() and (wrong := re.search("[\udc80-\udcff]", line)):
                     raise InputError(f"{where}: expected UTF-8 text, found byte {ord(wrong[0]) - 0xDC00:#x}")
-                yield line.removesuffix("\n"), where
+                line = line.removesuffix("\n")
+                check_unicode(where, line)
+                yield line, where
         finally:
             text.detach()  # which leaves standard input open
 
@@ -84,6 +87,18 @@ def as_list(name: str, values: Iterable[Any]) -> list[Any]:
 
 def _parse_json(line: str, where: str) -> Any:
     try:
-        return json.loads(line)
+        value = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: expected JSON, found {line[:80]!r}") from error
+    if "\\u" in line:  # all else is text as the line is
+        _check(value, where)
+    return value
+
+
+def _check(value: Any, where: str) -> None:
+    """Raise InputError where a text of a JSON value is no Unicode text."""
+    if isinstance(value, str):
+        check_unicode(where, value)
+    elif isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check(item, where)

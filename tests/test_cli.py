@@ -178,7 +178,7 @@ def test_bad_input_is_said_and_leaves_nothing(embedding_dir, tmp_path, capsys, a
 def test_output_is_checked_before_any_work(embedding_dir, tmp_path, capsys):
     for out, message in (
         ("x.csv", "expected a name ending in .jsonl, .npy, .safetensors"),
-        ("no/dir/x.npy", "existing directory"),
+        ("no/dir/x.npy", "expected a directory to write in, found none at no/dir"),
     ):
         with pytest.raises(SystemExit) as exit_:
             main(["embed", "not-even-opened", "x", "-o", out])

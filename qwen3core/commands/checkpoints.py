@@ -37,7 +37,8 @@ def register(commands: Commands) -> None:
 def compare(args: argparse.Namespace) -> int:
     """Print the parity report; the exit status is 1 beyond tolerance."""
     require("transformers", "transformers")
-    texts = [text_of(row, "text", where) for row, where in read_inputs(args.inputs)]
+    inputs = read_inputs(args.inputs) if args.inputs else ()
+    texts = [text_of(row, "text", where) for row, where in inputs]
     options = {name: getattr(args, name) for name in ("revision", "kind", "dtype", "ops", "device", "max_length")}
     report = parity.parity(args.model, texts=texts or None, **options)
     print(report)

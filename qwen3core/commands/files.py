@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,36 +28,37 @@ def add_inputs(parser: argparse.ArgumentParser, what: str) -> None:
         metavar="INPUT",
         help=f"{what}: a {' or '.join(ENDINGS)} file, - (standard input), or a text of several words",
     )
-    parser.add_argument(
-        "--text",
-        type=text_argument,
-        action="append",
-        default=[],
-        help="a text, whatever it looks like; may be repeated",
-    )
+    parser.add_argument("--text", action="append", default=[], help="a text, whatever it looks like; may be repeated")
 
 
-def read_inputs(inputs: Sequence[str], texts: Sequence[str] = ()) -> list[tuple[Any, str]]:
+def read_inputs(inputs: Sequence[str], texts: Sequence[str] = ()) -> Iterator[tuple[Any, str]]:
     """(text or JSON row, where it came from) of every row of the inputs, then the texts. Raises InputError.
 
-    An input that is no file is a text where it could not be the name of one: it has a space, and no ending.
+    An input that is no file is a text if it could not be the name of one: it has a space, and no ending.
     """
-    rows: list[tuple[Any, str]] = []
+    if not inputs and not texts:
+        raise InputError("expected an INPUT or a --text, found neither")
     for item in inputs:
-        if item == "-" or Path(item).suffix.lower() in ENDINGS or os.path.exists(item):
-            rows += read_rows(item)
+        if item == "-" or os.path.exists(item):
+            yield from read_rows(item)
         elif re.search(r"\s", item) and not re.search(r"\.\w+$", item):
-            rows.append((text_argument(item), f"argument {item[:40]!r}"))
+            yield _argument(item)
         else:
             raise InputError(f"{item}: expected a file, or a text by --text, found nothing of this name")
-    return rows + [(text, f"--text {text[:40]!r}") for text in texts]
+    yield from map(_argument, texts)
+
+
+def _argument(text: str) -> tuple[str, str]:
+    where = f"argument {text[:40]!r}"
+    check_unicode(where, text_argument(text))
+    return text_argument(text), where
 
 
 def text_argument(value: str) -> str:
     """A text among the arguments, as argparse's ``type``: UTF-8, also where the locale is none of it."""
     try:
         return value.encode("utf-8", "surrogateescape").decode("utf-8")
-    except UnicodeDecodeError:
+    except UnicodeError:
         return value  # refused, with its name, where texts are checked
 
 
@@ -66,7 +67,6 @@ def text_of(row: Any, field: str, where: str) -> str:
     text = row.get(field) if isinstance(row, dict) else row
     if not isinstance(text, str):
         raise InputError(f"{where}: expected a text, or an object with a text {field!r}, found {str(row)[:80]}")
-    check_unicode(where, text)
     return text
 
 
@@ -91,8 +91,12 @@ def write(output: str, name: str, array: NDArray[np.float32], rows: Iterable[dic
 
 def output_name(value: str) -> str:
     """An ``--output`` that can be written, as argparse's ``type``."""
-    if value != "-" and not value.endswith(FORMATS):
-        raise argparse.ArgumentTypeError(f"expected a name ending in {', '.join(FORMATS)}, or -, found {value!r}")
-    if value != "-" and not Path(value).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"expected an existing directory, found none at {Path(value).parent}")
+    path = Path(value)
+    if value == "-":
+        return value
+    if not value.endswith(FORMATS) or path.is_dir():
+        found = "a directory" if path.is_dir() else repr(value)
+        raise argparse.ArgumentTypeError(f"expected a name ending in {', '.join(FORMATS)}, or -, found {found}")
+    if not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"expected a directory to write in, found none at {path.parent}")
     return value

@@ -47,7 +47,7 @@ def demo(args: argparse.Namespace) -> int:
     for hit in reranker.rank(query, documents, return_documents=True):
         print(f" {hit['score']:.3f}  {cosines[hit['corpus_id']]:+.3f}  {hit['text']}")
     print("\nThese are the two small checkpoints that come with the package; English words and short sentences only.")
-    print("For more: qwen3core rerank Qwen/Qwen3-Reranker-0.6B --query QUERY TEXT ...   (downloads 1.2 GB)")
+    print("For more: qwen3core rerank Qwen/Qwen3-Reranker-0.6B --query QUERY FILE   (downloads 1.2 GB)")
     return 0
 
 
@@ -70,6 +70,8 @@ def rerank(args: argparse.Namespace) -> int:
     """Write P(yes) of every document, ranked for one query, or of every pair, in order."""
     if args.top_k is not None:
         check_int("top_k", args.top_k, 0)
+        if args.query is None or not args.output.endswith(("-", ".jsonl")):
+            raise InputError("top_k: expected with --query and an output of rows (.jsonl or -) alone")
     pairs = []
     for row, where in read_inputs(args.inputs, args.text):
         if args.query is not None:
