@@ -15,7 +15,6 @@ import subprocess
 import tempfile
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -29,6 +28,7 @@ from triton.runtime.jit import JITFunction
 from qwen3core.batch import build_cu_seqlens
 from qwen3core.config import OFFICIAL_SIZES
 from qwen3core.kernels import attention, launch, pooling, qk_norm_rope, rms_norm, swiglu
+from qwen3core.writing import writing
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -175,7 +175,8 @@ def main():
         print("| " + " | ".join(str(value) for value in row.values()) + " |", flush=True)
         rows.append(row)
     if args.json:
-        Path(args.json).write_text(json.dumps(rows, indent=1), "utf-8")
+        with writing(args.json) as part:
+            part.write_text(json.dumps(rows, indent=1), "utf-8")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from bench.report import by_label, timed_rows
 from bench.workloads import OURS, Row
+from qwen3core.writing import writing
 
 
 def kernel_chart(path: Path, device: str, rows: list[Row], group: str, value: str, label: str, ceiling: float) -> None:
@@ -99,7 +100,8 @@ def growth_chart(path: Path, device: str, rows: list[Row]) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=130)
+    with writing(path) as part:
+        figure.savefig(part, dpi=130)
     pyplot.close(figure)
     print(path)
 
