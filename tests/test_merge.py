@@ -1,10 +1,14 @@
 """Merging: the formula on known tensors, the files of the result, and what cannot be merged."""
 
+import json
 import math
+import shutil
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from qwen3core import CheckpointError, Embedder, InputError
 from qwen3core.commands import main
@@ -69,15 +73,128 @@ def test_the_command(three, tmp_path, capsys):
 def test_what_cannot_be_merged(three, embedding_dir, tmp_path):
     layout = LAYOUTS["Qwen3-Embedding-small"]
     wider = synthesize(tmp_path / "wider", replace(layout, config=replace(layout.config, intermediate_size=192)))
+    (empty := tmp_path / "empty").mkdir()
     for arguments, weights, message in [
         (three[:1], None, "merge: expected two or more checkpoints, found 1"),
-        (three, [1, 2], "weights: expected 3 numbers above 0, found"),
-        (three[:2], [1, 0], "weights: expected 2 numbers above 0, found"),
+        (three, [1, 2], "weights: expected 3 numbers, found"),
+        (three[:2], [1, 0], "weights: expected a finite number above 0, found 0"),
+        (three[:2], [1, math.nan], "weights: expected a finite number above 0, found nan"),
+        (three[:2], [math.inf, 1], "weights: expected a finite number above 0, found inf"),
+        (three[:2], [1e308, 1e308], "weights: their sum: expected a finite number"),
         ([three[0], wider], None, r"mlp\.down_proj\.weight.*expected shape \[64, 160\], found \[64, 192\]"),
-        ([three[0], tmp_path], None, r"config\.json"),
+        ([three[0], empty], None, r"config\.json"),
     ]:
         with pytest.raises((InputError, CheckpointError), match=message):
             merge(arguments, tmp_path / "out", weights=weights)
         assert not (tmp_path / "out").exists()
-    with pytest.raises(InputError, match="expected a directory other than the source's"):
-        merge(three, three[0])
+    for source in three:
+        with pytest.raises(InputError, match="expected a directory other than the source's"):
+            merge(three, source)
+
+
+@pytest.fixture
+def other(three, tmp_path):
+    """A copy of the second checkpoint, to be changed."""
+    return shutil.copytree(three[1], tmp_path / "other")
+
+
+def change(path, function):
+    """Rewrite a JSON file; the function changes what is parsed in place."""
+    data = json.loads(path.read_text("utf-8"))
+    function(data)
+    path.write_text(json.dumps(data, ensure_ascii=False), "utf-8")
+
+
+def swap(data):
+    vocab = data["model"]["vocab"]
+    a, b = list(vocab)[280:282]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+
+
+def rename(data):
+    data["added_tokens"][-1]["content"] = "<another>"
+
+
+def test_vocabularies_that_number_words_differently(three, other, tmp_path):
+    vocab = json.loads((other / "tokenizer.json").read_text("utf-8"))
+    first = list(vocab["model"]["vocab"])[280]
+    change(other / "tokenizer.json", swap)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: ") as error:
+        merge([three[0], other], tmp_path / "out")
+    assert f"{first!r}: expected token 280 as in {three[0]}, found 281" in str(error.value)
+    assert main(["merge", str(three[0]), str(other), "-o", str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
+    shutil.copyfile(three[1] / "tokenizer.json", other / "tokenizer.json")
+    change(other / "tokenizer.json", rename)
+    last = vocab["added_tokens"][-1]
+    with pytest.raises(CheckpointError, match="found '<another>' there") as error:
+        merge([three[0], other], tmp_path / "out")
+    assert f"{last['content']!r}: expected token {last['id']}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "function"),
+    [
+        ("", lambda data: data["added_tokens"].pop()),  # a word that only one has
+        ("normalizer", lambda data: data.update(normalizer={"type": "NFKC"})),
+        ("pre_tokenizer", lambda data: data.update(pre_tokenizer=data["decoder"])),
+        ("merges", lambda data: data["model"]["merges"].pop()),
+    ],
+)
+def test_other_rules_of_splitting_are_said(three, other, tmp_path, what, function):
+    change(other / "tokenizer.json", function)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        merge([three[0], other], tmp_path / "out")
+    assert [str(w.message) for w in said] == [
+        f"{other}: its {what} differ from those of {three[0]}, which the merged checkpoint has"
+    ][: bool(what)]
+
+
+def test_other_arithmetic(three, other, tmp_path):
+    first = shutil.copytree(three[0], tmp_path / "first")
+    for path in (first, other):
+        (path / "modules.json").unlink()
+    for name, value in [("rope_theta", 1e4), ("rms_norm_eps", 1e-5), ("tie_word_embeddings", False)]:
+        shutil.copyfile(first / "config.json", other / "config.json")
+        change(other / "config.json", lambda data, changed={name: value}: data.update(changed))
+        with pytest.raises(CheckpointError, match=rf"config\.json: {name}: expected .* as in .*, found {value}"):
+            merge([first, other], tmp_path / "out")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_embedding_checkpoint_and_a_reranker(three, other, tmp_path, order):
+    (other / "modules.json").write_text('[{"type": "sentence_transformers.cross_encoder.models.LogitScore"}]', "utf-8")
+    with pytest.raises(
+        CheckpointError, match=r"modules\.json: expected an embedding checkpoint as .*, found no pooling"
+    ):
+        merge([three[0], other][::order], tmp_path / "out")
+    (other / "modules.json").unlink()
+    with pytest.warns(UserWarning, match="found no modules.json: is it a reranker"):
+        merge([three[0], other][::order], tmp_path / "out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge([other, other], tmp_path / "two_of_a_kind")
+
+
+def test_a_merger_that_is_not_finite(three, tmp_path):
+    """As one of the sources is, or since the first one's dtype cannot hold a number of another."""
+    name = "layers.1.mlp.up_proj.weight"
+    tensors = Tensors(three[1])
+
+    def copy(folder, value, dtype=torch.float32):
+        weights = {key: tensors[key].to(dtype) for key in tensors}
+        weights[name] = weights[name].index_fill(0, torch.tensor(0), value)
+        save_file(weights, shutil.copytree(three[1], folder) / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    half, large = copy(tmp_path / "half", 0.0, torch.float16), copy(tmp_path / "large", 1e6)
+    bad = [copy(tmp_path / str(value), value) for value in (math.inf, math.nan)]
+    for first, second, where in [
+        (three[0], bad[0], bad[0]),
+        (bad[1], three[0], bad[1]),
+        (half, large, "torch.float16"),
+    ]:
+        with pytest.raises(CheckpointError, match=f"{name}: expected finite numbers in {where}, found some that are"):
+            merge([first, second], tmp_path / "out")
+        assert not list((tmp_path / "out").iterdir())

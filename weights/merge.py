@@ -1,16 +1,20 @@
 """Merging: one checkpoint out of several of the same shape, tensor by tensor, a shard in memory at a time."""
 
+import json
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qwen3core.errors import InputError
+from qwen3core.errors import CheckpointError, InputError, check_number, warn
+from qwen3core.tokenizer import Tokenizer
 
 from .build import open_model
-from .tensors import rewrite
+from .find import is_embedding
+from .tensors import check_apart, rewrite
 
 
 def merge(
@@ -24,27 +28,97 @@ def merge(
 
     weights: the share of each, equal by default. Two tensors are merged by ``slerp``, a third into their result, and so
     on, as the model series was (arXiv:2506.05176, section 3.3). linear: the weighted mean instead.
-    Raises InputError for the options, CheckpointError for checkpoints of different shapes.
+    Raises InputError for the options, CheckpointError for checkpoints that do not go together: of different shapes,
+    arithmetic, vocabularies or jobs, or with a tensor of which the merger is not finite. Warns where the files do not
+    say that the jobs are the same, or where texts are split into tokens in another way.
     """
     if len(directories) < 2:
         raise InputError(f"merge: expected two or more checkpoints, found {len(directories)}")
-    shares = [1.0] * len(directories) if weights is None else [float(w) for w in weights]
-    if len(shares) != len(directories) or not min(shares) > 0:
-        raise InputError(f"weights: expected {len(directories)} numbers above 0, found {shares}")
-    first, *others = [open_model(directory)[1] for directory in directories]
+    shares = [1.0] * len(directories) if weights is None else list(weights)
+    if len(shares) != len(directories):
+        raise InputError(f"weights: expected {len(directories)} numbers, found {shares}")
+    for share in shares:
+        check_number("weights", share, 0, above=True)
+    check_number("weights: their sum", sum(shares), 0)
+    paths = [Path(directory) for directory in directories]
+    for path in paths:
+        check_apart(path, Path(output))
+    models = [open_model(path) for path in paths]
+    first, *others = [tensors for _, tensors in models]
     for tensors in others:
         for name in first:
             tensors.check(name, first.shape(name))
         tensors.check_none_left(set(first))
+    _check_arithmetic(paths, [asdict(model.config) for model, _ in models])
+    _check_tokenizers(paths)
+    _check_jobs(paths)
 
     def merged(name: str) -> Tensor:
         result, total = first[name].float(), shares[0]
         for tensors, share in zip(others, shares[1:], strict=True):
             total += share
             result = (torch.lerp if linear else slerp)(result, tensors[name].float(), share / total)
+        result = result.to(first[name].dtype)
+        if not result.isfinite().all():
+            bad = ", ".join(str(t.directory) for t in (first, *others) if not t[name].isfinite().all())
+            raise CheckpointError(f"{name}: expected finite numbers in {bad or result.dtype}, found some that are not")
         return result
 
-    rewrite(directories[0], output, merged)
+    rewrite(paths[0], output, merged)
+
+
+def _check_arithmetic(paths: Sequence[Path], configs: Sequence[dict[str, object]]) -> None:
+    """Raise CheckpointError where weights of the same shapes compute something else."""
+    # A reranker reads the output matrix, an embedding model has no use for it.
+    names = ["rope_theta", "rms_norm_eps", *([] if is_embedding(paths[0]) else ["tie_word_embeddings"])]
+    for path, config in zip(paths, configs, strict=True):
+        for name in names:
+            if config[name] != configs[0][name]:
+                raise CheckpointError(
+                    f"{path / 'config.json'}: {name}: expected {configs[0][name]} as in {paths[0]}, "
+                    f"found {config[name]}"
+                )
+
+
+def _check_tokenizers(paths: Sequence[Path]) -> None:
+    """Raise CheckpointError where row n of the embedding matrices is another word; warn of other rules of splitting."""
+    files = [path / "tokenizer.json" for path in paths]
+    if all(file.is_file() and file.read_bytes() == files[0].read_bytes() for file in files):
+        return  # which opening would take seconds to find out
+    first, *others = [Tokenizer(file).backend for file in files]
+    mine, rules = first.get_vocab(), _rules(first.to_str())
+    for path, file, other in zip(paths[1:], files[1:], others, strict=True):
+        theirs = other.get_vocab()
+        words = {i: word for word, i in theirs.items()}
+        for word, i in sorted(mine.items(), key=lambda item: item[1]):
+            if theirs.get(word, i) != i or words.get(i, word) != word:  # a word that only one has is no contradiction
+                raise CheckpointError(
+                    f"{file}: {word!r}: expected token {i} as in {paths[0]}, found "
+                    f"{theirs[word] if word in theirs else f'{words[i]!r} there'}"
+                )
+        changed = [name for name, rule in _rules(other.to_str()).items() if rule != rules[name]]
+        if changed:
+            warn(f"{path}: its {', '.join(changed)} differ from those of {paths[0]}, which the merged checkpoint has")
+
+
+def _rules(tokenizer: str) -> dict[str, object]:
+    """What of a serialized tokenizer decides how a text is split, by name."""
+    data = json.loads(tokenizer)
+    return {name: data[name] for name in ("normalizer", "pre_tokenizer")} | {"merges": data["model"].get("merges")}
+
+
+def _check_jobs(paths: Sequence[Path]) -> None:
+    """Raise CheckpointError for an embedding checkpoint among rerankers; warn where the files do not say which it is.
+
+    modules.json tells: it names a pooling, or it is a reranker's. Older rerankers and base models have none.
+    """
+    embedding = [path for path in paths if is_embedding(path)]
+    for path in [path for path in paths if path not in embedding] if embedding else []:
+        if (path / "modules.json").exists():
+            raise CheckpointError(
+                f"{path / 'modules.json'}: expected an embedding checkpoint as {embedding[0]}, found no pooling in it"
+            )
+        warn(f"{path}: expected an embedding checkpoint as {embedding[0]}, found no modules.json: is it a reranker?")
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
