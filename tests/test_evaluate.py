@@ -1,4 +1,4 @@
-"""Evaluation: the measures on cases that can be counted by hand, and the files it reads."""
+"""Evaluation: the measures by hand and by those who define them, and the files it reads."""
 
 import json
 import math
@@ -12,14 +12,24 @@ from qwen3core.evaluation import Retrieval, measure, read_retrieval, read_sts, s
 
 @pytest.fixture
 def beir(tmp_path):
-    folder = tmp_path / "beir"
-    (folder / "qrels").mkdir(parents=True)
     corpus = [{"_id": f"d{i}", "title": "T" if i == 0 else "", "text": f"text {i}"} for i in range(4)]
     queries = [{"_id": f"q{i}", "text": f"query {i}"} for i in range(3)]
+    return write_beir(tmp_path / "beir", corpus, queries, [("q0", "d1", 1), ("q1", "d2", 2), ("q1", "d3", 1)])
+
+
+def write_beir(folder, corpus, queries, qrels):
+    """The three files of BEIR from rows; qrels as rows of query, document and relevance."""
+    (folder / "qrels").mkdir(parents=True, exist_ok=True)
     for name, rows in (("corpus", corpus), ("queries", queries)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td1\t1\nq1\td2\t2\nq1\td3\t1\n", "utf-8")
+    lines = ["query-id\tcorpus-id\tscore\n", *("\t".join(map(str, row)) + "\n" for row in qrels)]
+    (folder / "qrels" / "test.tsv").write_text("".join(lines), "utf-8")
     return folder
+
+
+def texts(**by_id):
+    """Rows of a corpus or of queries."""
+    return [{"_id": key, "text": text} for key, text in by_id.items()]
 
 
 def test_measures_by_hand(beir):
@@ -45,12 +55,83 @@ def test_qrels_in_trecs_format(beir, tmp_path):
     assert read_retrieval(beir, trec) == read_retrieval(beir)
 
 
-@pytest.mark.parametrize("line", ["q0\td9\t1", "q9\td1\t1", "q0\td1\tyes", "q0", "q0 0 0 d1 1"])
+@pytest.mark.parametrize(
+    "line",
+    ["q0\td1\tyes", "q0", "q0 0 0 d1 1", "q0\td1\t1\t", "q0\t\t1", "q0\td1\t1_0", "q0 d1\x851", "q0\td1\t9999999"],
+)
 def test_broken_qrels(beir, line):
     path = beir / "qrels" / "test.tsv"
     path.write_text(f"q0\td1\t1\n{line}\n", "utf-8")
     with pytest.raises(InputError, match="line 2: expected a query's id, a document's and a whole number, found"):
         read_retrieval(beir)
+
+
+def test_absent_documents_and_queries_are_counted(beir):
+    pytest.importorskip("ir_measures")
+    path = beir / "qrels" / "test.tsv"
+    path.write_text("q0\td1\t1\nq0\td9\t1\nq9\td1\t1\nq1\td2\t0\n", "utf-8")
+    data = read_retrieval(beir)
+    assert data.counts() == {
+        "queries": 2,
+        "documents": 4,
+        "judgements": 3,
+        "of absent documents": 1,
+        "absent queries": 1,
+        "queries with nothing relevant": 1,
+    }
+    assert measure(data, {"q0": {"d1": 1.0}})["R@10"] == 0.25
+    for lines, message in [
+        ("q8\td1\t1\nq9\td1\t1\n", "expected judged queries that are in queries.jsonl, found none of 2"),
+        ("q0\td8\t1\n", "expected judged documents that are in corpus.jsonl, found none of 1"),
+        ("q0\td1\t1\nq0\td2\t1\nq0\td1\t2\n", "line 3: .* 'd1': expected relevance 1 as in .* line 1, found 2"),
+    ]:
+        path.write_text(lines, "utf-8")
+        with pytest.raises(InputError, match=message):
+            read_retrieval(beir)
+
+
+def test_ids_of_all_kinds(tmp_path):
+    """With spaces, of digits, of line ends that are none; a title is a document's alone."""
+    strange = ["Animal rights 1", "7", "文 \u2028", "\x85", " x"]
+    corpus = [{"_id": 7 if key == "7" else key, "title": "T", "text": "x"} for key in strange]
+    queries = [{"_id": "a query", "title": "T", "text": "x"}, {"_id": 7, "text": "y"}]
+    rows = [("a query", key, 1) for key in strange] + [("7", "7", 1)]
+    data = read_retrieval(write_beir(tmp_path, corpus, queries, rows))
+    assert data.corpus == dict.fromkeys(strange, "T x")
+    assert data.queries == {"a query": "x", "7": "y"}
+    assert data.qrels == {"a query": dict.fromkeys(strange, 1), "7": {"7": 1}}
+    trec = tmp_path / "trec.tsv"
+    trec.write_text("\ufeff" + "".join(f"{query}\t0\t{key}\t{n}\r\n" for query, key, n in rows), "utf-8")
+    assert read_retrieval(tmp_path, trec) == data
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"_id": "d1", "text": "another"},
+            "line 5: _id 'd1': expected the text that it has in .*line 2, found another",
+        ),
+        ({"text": "no id"}, "line 5: expected an object with _id and text"),
+        ({"_id": 1.5, "text": "x"}, "line 5: expected an object with _id and text"),
+        ({"_id": True, "text": "x"}, "line 5: expected an object with _id and text"),
+        ({"_id": "x", "title": 3, "text": "x"}, "line 5: expected an object with _id and text"),
+        ({"_id": "\ud800", "text": "x"}, "line 5: id .*: expected Unicode text"),
+        ({"_id": "x", "text": "\ud800"}, "line 5: expected Unicode text"),
+        ({"_id": "a\0", "text": "x"}, "line 5: id .*: expected no NUL"),
+    ],
+)
+def test_broken_rows(beir, row, message):
+    with (beir / "corpus.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=message):
+        read_retrieval(beir)
+
+
+def test_the_same_row_twice(beir):
+    rows = (beir / "corpus.jsonl").read_text("utf-8")
+    (beir / "corpus.jsonl").write_text(rows + rows, "utf-8")
+    assert len(read_retrieval(beir).corpus) == 4
 
 
 def test_search_finds_each_text_itself(embedding_dir):
@@ -67,8 +148,8 @@ def test_pairs(embedding_dir, tmp_path, capsys):
     pytest.importorskip("scipy")
     tsv = tmp_path / "pairs.csv"
     rows = [("a cat", "a cat", 5.0), ("a cat", 'the "moon', 1.0), ("a dog", "prime numbers", 0.5)]
-    tsv.write_text("".join(f"main\tx\t2012\t1\t{score}\t{a}\t{b}\n" for a, b, score in rows), "utf-8")
-    lines = tmp_path / "pairs.jsonl"
+    tsv.write_text("".join(f"main\tx\t2012\t1\t{score}\t{a}\t{b}\n" for a, b, score in rows) + "\n", "utf-8")
+    lines = tmp_path / "pairs.JSONL"
     fields = ("sentence1", "sentence2", "score")
     lines.write_text("".join(json.dumps(dict(zip(fields, row, strict=True))) + "\n" for row in rows), "utf-8")
     assert read_sts(tsv) == read_sts(lines) == rows
@@ -80,6 +161,24 @@ def test_pairs(embedding_dir, tmp_path, capsys):
     tsv.write_text("main\tx\t2012\t1\tmuch\ta\tb\n", "utf-8")
     with pytest.raises(InputError, match="line 1: expected sentence1, sentence2 and a score, found"):
         read_sts(tsv)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"sentence1": "a", "score": 1},
+        *({"sentence1": "a", "sentence2": "b", "score": score} for score in ("nan", None, 10**400)),
+        ["a"],
+        "ab1",
+    ],
+)
+def test_broken_pairs(tmp_path, row):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n" + json.dumps(row), "utf-8")
+    with pytest.raises(
+        InputError, match=r"line 2: (expected sentence1, sentence2 and a score|sentence2: expected text)"
+    ):
+        read_sts(path)
 
 
 def test_the_command(embedding_dir, reranker_dir, beir, capsys):
