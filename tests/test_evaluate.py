@@ -2,8 +2,17 @@
 
 import json
 import math
+import warnings
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+
+pytest.importorskip("hypothesis")
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qwen3core import Embedder, InputError
 from qwen3core.commands import main
@@ -32,6 +41,16 @@ def texts(**by_id):
     return [{"_id": key, "text": text} for key, text in by_id.items()]
 
 
+def stub(vectors) -> Any:
+    """An embedder that gives each text the vector it is told."""
+
+    def encode(texts, truncate_dim=None, convert_to_tensor=False):
+        found = np.array([vectors[text] for text in texts], np.float32)
+        return torch.from_numpy(found) if convert_to_tensor else found
+
+    return SimpleNamespace(encode=encode, encode_query=encode, encode_document=encode)
+
+
 def test_measures_by_hand(beir):
     pytest.importorskip("ir_measures")
     data = read_retrieval(beir)
@@ -46,7 +65,83 @@ def test_measures_by_hand(beir):
     found = measure(data, run)
     assert found["nDCG@10"] == pytest.approx((first + second) / 2)
     assert found["R@10"] == found["R@100"] == 1
+    assert found["RR@10"] == pytest.approx(0.75)
     assert measure(data, {"q0": {"d1": 1.0}})["nDCG@10"] == pytest.approx(0.5)  # a query without results
+    nothing = Retrieval(data.corpus, data.queries, {"q0": {"d1": 1}, "q1": {"d2": 0}})
+    assert set(measure(nothing, {"q0": {"d1": 1.0}, "q1": {"d2": 1.0}}).values()) == {0.5}  # nothing relevant
+
+
+# Documents d0 to d13, of which d12 and d13 are judged at times and never in the corpus; queries d0, q1, q2.
+IDS = [f"d{i}" for i in range(14)]
+QUERIES = ["d0", "q1", "q 2\u2028ü"]
+JUDGEMENTS = st.dictionaries(st.tuples(st.sampled_from(QUERIES), st.sampled_from(IDS)), st.integers(-1, 3), min_size=1)
+# Few values, many ties; two that are one in float32.
+SCORES = st.sampled_from([0.0, 0.25, 0.5, 0.5 + 1e-9, 0.75])
+RUNS = st.dictionaries(st.sampled_from(QUERIES), st.dictionaries(st.sampled_from(IDS[:12]), SCORES))
+
+
+@settings(derandomize=True, deadline=None)
+@given(JUDGEMENTS, RUNS)
+def test_measures_are_trec_evals(tmp_path_factory, judgements, run):
+    """Against trec_eval's rules in plain Python, and pytrec_eval's own numbers, through the files."""
+    pytrec_eval = pytest.importorskip("pytrec_eval")
+    judgements |= {("q1", "d1"): judgements.get(("q1", "d1"), 0)}
+    rows = [(query, document, relevance) for (query, document), relevance in judgements.items()]
+    corpus, queries = ([{"_id": key, "text": key} for key in keys] for keys in (IDS[:12], QUERIES))
+    data = read_retrieval(write_beir(tmp_path_factory.getbasetemp() / "property", corpus, queries, rows))
+    assert data.counts()["of absent documents"] == sum(document in IDS[12:] for _, document, _ in rows)
+    expected: dict[str, list[float]] = {name: [] for name in ("nDCG@10", "R@10", "R@100", "RR@10")}
+    for query, judged in data.qrels.items():
+        ranked = sorted(run.get(query, {}).items(), key=lambda x: (np.float32(x[1]), x[0]), reverse=True)
+        gains = [max(0, judged.get(document, 0)) for document, _ in ranked]
+        ideal = sorted((max(0, relevance) for relevance in judged.values()), reverse=True)
+        best, relevant = dcg(ideal), sum(gain > 0 for gain in ideal)
+        expected["nDCG@10"].append(dcg(gains) / best if best else 0)
+        for name, cut in (("R@10", 10), ("R@100", 100)):
+            expected[name].append(sum(gain > 0 for gain in gains[:cut]) / relevant if relevant else 0)
+        expected["RR@10"].append(next((1 / rank for rank, gain in enumerate(gains[:10], 1) if gain > 0), 0))
+    found = measure(data, run)
+    assert found == pytest.approx({name: sum(x) / len(x) for name, x in expected.items()}, abs=1e-9)
+    names = {"nDCG@10": "ndcg_cut_10", "R@10": "recall_10", "R@100": "recall_100", "RR@10": "recip_rank"}
+    theirs = pytrec_eval.RelevanceEvaluator(data.qrels, set(names.values())).evaluate(run)
+    for values in theirs.values():
+        values["recip_rank"] *= values["recip_rank"] >= 0.1  # which has no cut
+    sums = {name: sum(values[their] for values in theirs.values()) for name, their in names.items()}
+    assert found == pytest.approx({name: total / len(data.qrels) for name, total in sums.items()}, abs=1e-9)
+
+
+def dcg(gains):
+    return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains[:10], 1))
+
+
+def test_ranks_beyond_ten_and_a_hundred():
+    """The cuts, and among 150 ties trec_eval's order: the last id first."""
+    pytest.importorskip("ir_measures")
+    ids = [f"d{i:03}" for i in range(150)]
+    for rank, expected in [
+        (1, (1, 1, 1, 1)),
+        (10, (1 / math.log2(11), 1, 1, 0.1)),
+        (11, (0, 0, 1, 0)),
+        (101, (0,) * 4),
+    ]:
+        data = Retrieval({}, {}, {"q": {ids[-rank]: 1}})
+        for run in (dict.fromkeys(ids, 0.5), {d: float(i) for i, d in enumerate(ids)}):
+            assert tuple(measure(data, {"q": run}).values()) == pytest.approx(expected), rank
+
+
+@pytest.mark.parametrize(
+    ("qrels", "run", "message"),
+    [
+        ({}, {}, "measure: expected judged queries, found none"),
+        ({"q": {"d": 1}}, {"q": {"d": math.nan}}, "run: query 'q', document 'd': expected a finite score, found nan"),
+        ({"q": {"d\ud800": 1}}, {}, "qrels: id .* expected Unicode text"),  # a crash of pytrec_eval
+        ({"q": {"d": 1}}, {"q": {"d\0": 1.0}}, "run: id .* expected no NUL"),  # the same as "d" to pytrec_eval
+    ],
+)
+def test_what_cannot_be_measured(qrels, run, message):
+    pytest.importorskip("ir_measures")
+    with pytest.raises(InputError, match=message):
+        measure(Retrieval({}, {}, qrels), run)
 
 
 def test_qrels_in_trecs_format(beir, tmp_path):
@@ -134,13 +229,50 @@ def test_the_same_row_twice(beir):
     assert len(read_retrieval(beir).corpus) == 4
 
 
+@settings(derandomize=True, deadline=None)
+@given(st.data())
+def test_search_is_the_full_ranking(data):
+    """Of integers, so that scores are exact: the best of all but the query's own id, whatever the cut."""
+    dimension = st.lists(st.integers(-3, 3), min_size=3, max_size=3)
+    ids = data.draw(st.lists(st.sampled_from(IDS), unique=True, min_size=1))
+    vectors = {key: data.draw(dimension) for key in [*ids, "d0", "q1"]}
+    top, ignore = data.draw(st.integers(1, 5)), data.draw(st.booleans())
+    retrieval = Retrieval({key: key for key in ids}, {key: key for key in ("d0", "q1")}, {})
+    run = search(stub(vectors), retrieval, top=top, ignore_identical_ids=ignore)
+    for query, found in run.items():
+        scores = {key: float(np.dot(vectors[key], vectors[query])) for key in ids if not (ignore and key == query)}
+        assert list(found.values()) == sorted(scores.values(), reverse=True)[:top]
+        assert found.items() <= scores.items()
+
+
+def test_a_query_that_is_a_document(tmp_path):
+    """It is no answer to itself, and no rank is lost by that; a judgement that it is one is reported."""
+    pytest.importorskip("ir_measures")
+    corpus = texts(a1="trout", a2="a trout", b1="gold", b2="a gold")
+    folder = write_beir(tmp_path, corpus, [corpus[0], corpus[2]], [("a1", "a2", 1), ("b1", "b2", 1)])
+    data = read_retrieval(folder)
+    embedder = stub({"trout": [1, 0], "a trout": [0.8, 0.6], "gold": [0, 1], "a gold": [0.6, 0.8]})
+    run = search(embedder, data, top=2)
+    assert {query: list(found) for query, found in run.items()} == {"a1": ["a2", "b2"], "b1": ["b2", "a2"]}
+    assert set(measure(data, run).values()) == {1}
+    assert measure(data, search(embedder, data, ignore_identical_ids=False))["RR@10"] == 0.5
+    data.qrels["a1"]["a1"] = 1
+    with pytest.warns(UserWarning, match="1 of 2 queries lost a relevant document that has their own id"):
+        search(embedder, data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        search(embedder, data, ignore_identical_ids=False)
+    with pytest.raises(InputError, match="top: expected an integer of at least 1, found 0"):
+        search(embedder, data, top=0)
+
+
 def test_search_finds_each_text_itself(embedding_dir):
     texts = {str(i): f"{'gravity ' * i}pulls {i}" for i in range(5)}
     embedder = Embedder.from_pretrained(embedding_dir, dtype="float32")
     embedder.prompts = {"query": "", "document": ""}
     data = Retrieval(texts, texts, {key: {key: 1} for key in texts})
     for dim in (None, 32):
-        run = search(embedder, data, dim=dim, top=3)
+        run = search(embedder, data, dim=dim, top=3, ignore_identical_ids=False)
         assert all(len(found) == 3 and max(found, key=lambda key: found[key]) == query for query, found in run.items())
 
 
@@ -161,6 +293,29 @@ def test_pairs(embedding_dir, tmp_path, capsys):
     tsv.write_text("main\tx\t2012\t1\tmuch\ta\tb\n", "utf-8")
     with pytest.raises(InputError, match="line 1: expected sentence1, sentence2 and a score, found"):
         read_sts(tsv)
+
+
+# Components of which products and sums are exact in float64, so that ties are: few, or many.
+UNIT = st.lists(st.sampled_from([-0.5, 0.5]), min_size=4, max_size=4)
+ANY = st.lists(st.integers(-1024, 1024).map(lambda n: n / 1024), min_size=4, max_size=4)
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(st.tuples(UNIT, UNIT, st.integers(0, 3)), min_size=2) | st.lists(st.tuples(ANY, ANY, st.floats(0, 5))))
+def test_spearman_is_scipys(rows):
+    spearmanr = pytest.importorskip("scipy.stats").spearmanr
+    vectors: dict[str, list[float]] = {}
+    pairs = []
+    for i, (left, right, score) in enumerate(rows):
+        vectors |= {f"l{i}": left, f"r{i}": right}
+        pairs.append((f"l{i}", f"r{i}", float(score)))
+    cosines = [math.fsum(a * b for a, b in zip(x, y, strict=True)) for x, y, _ in rows]
+    if len({score for *_, score in rows}) < 2 or len(set(cosines)) < 2:
+        with pytest.raises(InputError, match=r"sts: (expected two or more pairs|(scores|cosines): expected finite)"):
+            sts(stub(vectors), pairs)
+    else:
+        expected = spearmanr(cosines, [score for *_, score in rows]).statistic
+        assert sts(stub(vectors), pairs) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize(

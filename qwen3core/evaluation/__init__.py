@@ -1,4 +1,4 @@
-"""Quality: rank correlation on pairs of sentences; nDCG@10 and recall on a retrieval set, also after reranking."""
+"""Quality: rank correlation on pairs of sentences; nDCG, recall, MRR on a retrieval set, also after reranking."""
 
 from .files import Pair, Retrieval, read_retrieval, read_sts
 from .measures import measure, rerank, search, sts
