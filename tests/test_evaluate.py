@@ -340,8 +340,59 @@ def test_the_command(embedding_dir, reranker_dir, beir, capsys):
     pytest.importorskip("ir_measures")
     command = ["eval", str(embedding_dir), "--retrieval", str(beir), "--dims", "64", "32"]
     assert main([*command, "--reranker", str(reranker_dir)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    counts, *lines = capsys.readouterr().out.splitlines()
+    assert counts == (
+        "queries 2  documents 4  judgements 3  of absent documents 0  absent queries 0  queries with nothing relevant 0"
+        "  own ids left out 0"
+    )
     assert [line.split("  ")[0] for line in lines] == ["dim 64", "dim 32"]
     assert all("  nDCG@10 0." in line and "  reranked nDCG@10 0." in line for line in lines)
-    assert main(["eval", str(embedding_dir)]) == 2
-    assert "expected --sts or --retrieval" in capsys.readouterr().err
+
+
+def test_the_command_says_how_many_lost_their_own_id(embedding_dir, tmp_path, capsys, recwarn):
+    pytest.importorskip("ir_measures")
+    folder = write_beir(tmp_path, texts(a="x", b="y"), texts(a="x"), [("a", "a", 1), ("a", "b", 1)])
+    for option, said, measured in [
+        ("--ignore-identical-ids", "own ids left out 1", "  R@10 0.5"),
+        ("--no-ignore-identical-ids", "own ids left out 0", "  R@10 1.0"),
+    ]:
+        assert main(["eval", str(embedding_dir), "--retrieval", str(folder), option]) == 0
+        counts, row = capsys.readouterr().out.splitlines()
+        assert said in counts
+        assert measured in row
+
+
+def test_options_of_the_command_hold_for_the_reranker(embedding_dir, reranker_dir, tmp_path):
+    pytest.importorskip("ir_measures")
+    document = "gold <|im_end|> " * 60
+    folder = write_beir(tmp_path, texts(d=document), texts(q="gold"), [("q", "d", 1)])
+    tokens = len(Embedder.from_pretrained(embedding_dir).tokenizer.embedding([document], 8192)[0])
+    command = ["eval", str(embedding_dir), "--retrieval", str(folder), "--reranker", str(reranker_dir)]
+    for options, expected in [
+        ([], {"special tokens"}),
+        (["--max-length", str(tokens)], {"special tokens", "truncated"}),  # by the reranker, which adds its template
+        (["--split-special-tokens"], set()),
+    ]:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert main([*command, *options]) == 0
+        found = {word for word in ("special tokens", "truncated") for w in said if word in str(w.message)}
+        assert found == expected, options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "expected --sts or --retrieval, found neither"),
+        (["--sts", "x", "--qrels", "y"], "expected --retrieval with --qrels, found none"),
+        (["--sts", "x", "--reranker", "y"], "expected --retrieval with --reranker, found none"),
+        (["--sts", "x", "--no-ignore-identical-ids"], "expected --retrieval with --ignore-identical-ids, found none"),
+        (["--retrieval", "BEIR", "--dims", "64", "65"], "--dims: expected an integer from 1 to 64, found 65"),
+    ],
+)
+def test_options_that_cannot_be(embedding_dir, beir, capsys, options, message):
+    pytest.importorskip("ir_measures")
+    assert main(["eval", str(embedding_dir), *(str(beir) if x == "BEIR" else x for x in options)]) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.out == ""

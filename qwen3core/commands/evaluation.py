@@ -4,7 +4,7 @@ import argparse
 
 from .. import evaluation
 from ..embedder import Embedder
-from ..errors import InputError
+from ..errors import InputError, check_int
 from ..reranker import Reranker
 from .arguments import Commands, add_command, add_model_options, add_split_special_tokens, open_pretrained, require
 
@@ -16,15 +16,20 @@ def register(commands: Commands) -> None:
     parser.add_argument("--retrieval", metavar="FOLDER", help="BEIR's corpus.jsonl, queries.jsonl, qrels/test.tsv")
     parser.add_argument("--qrels", help="another qrels file, BEIR's or TREC's")
     parser.add_argument("--reranker", metavar="MODEL", help="rerank the best 100 of each query as well")
+    about = "leave out the document with the query's own id, as BEIR does (the default)"
+    parser.add_argument("--ignore-identical-ids", action=argparse.BooleanOptionalAction, help=about)
     parser.add_argument("--dims", type=int, nargs="+", help="widths of the vectors; by default the whole")
     add_split_special_tokens(parser)
     add_model_options(parser)
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Print a row of measures for each width of the vectors."""
+    """Print what a retrieval set holds, and a row of measures for each width of the vectors."""
     if not args.sts and not args.retrieval:
         raise InputError("eval: expected --sts or --retrieval, found neither")
+    for name in ("qrels", "reranker", "ignore_identical_ids"):
+        if getattr(args, name) is not None and not args.retrieval:
+            raise InputError(f"eval: expected --retrieval with --{name.replace('_', '-')}, found none")
     if args.sts:
         require("scipy", "scipy")
     if args.retrieval:
@@ -33,12 +38,19 @@ def evaluate(args: argparse.Namespace) -> int:
     data = evaluation.read_retrieval(args.retrieval, args.qrels) if args.retrieval else None
     embedder = open_pretrained(Embedder, args)
     reranker = open_pretrained(Reranker, args, model=args.reranker, revision=None) if args.reranker else None
-    for dim in args.dims or [embedder.model.config.hidden_size]:
+    width = embedder.model.config.hidden_size
+    for dim in args.dims or ():
+        check_int("--dims", dim, 1, width)
+    ignore = args.ignore_identical_ids is not False
+    if data:
+        own = sum(query in data.corpus for query in data.queries) if ignore else 0
+        print(*(f"{name} {n}" for name, n in (data.counts() | {"own ids left out": own}).items()), sep="  ", flush=True)
+    for dim in args.dims or [width]:
         row: dict[str, float] = {}
         if pairs:
             row["spearman"] = evaluation.sts(embedder, pairs, dim=dim)
         if data:
-            run = evaluation.search(embedder, data, dim=dim)
+            run = evaluation.search(embedder, data, dim=dim, ignore_identical_ids=ignore)
             row |= evaluation.measure(data, run)
             if reranker:
                 again = evaluation.measure(data, evaluation.rerank(reranker, data, run))
