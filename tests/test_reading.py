@@ -115,16 +115,18 @@ def test_every_row_comes_out_or_its_line_is_named(embedding_dir, reranker_dir, t
     else:
         assert read_examples([examples]) == [Example("q", text) for text in texts]
 
-    written("corpus.jsonl", [{"_id": str(n), "text": text} for n, text in enumerate(texts)])
+    written("corpus.jsonl", [{"_id": n, "text": text} for n, text in enumerate([*texts, "last"])])
     written("queries.jsonl", [{"_id": "q", "text": "which?"}])
-    (tmp_path / "qrels.tsv").write_text("q\t0\t1\n")
+    (tmp_path / "qrels.tsv").write_text(f"q\t{len(texts)}\t1\n")
     scored = written("sts.jsonl", [{"sentence1": text, "sentence2": "b", "score": 1} for text in texts])
     if broken:
         for read in (lambda: read_retrieval(tmp_path, tmp_path / "qrels.tsv"), lambda: read_sts(scored)):
-            with pytest.raises(InputError, match=f"line {broken[0]}: "):
+            with pytest.raises(InputError, match=f"line ({'|'.join(map(str, broken))}): "):
                 read()
     else:
-        assert list(read_retrieval(tmp_path, tmp_path / "qrels.tsv").corpus.values()) == [t.strip() for t in texts]
+        assert list(read_retrieval(tmp_path, tmp_path / "qrels.tsv").corpus.values()) == [
+            t.strip() for t in [*texts, "last"]
+        ]
         assert [pair[0] for pair in read_sts(scored)] == texts
 
 

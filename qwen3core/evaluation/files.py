@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, check_unicode
+from ..errors import InputError, check_text, check_unicode
 from ..reading import read_jsonl, read_lines
 
 Pair = tuple[str, str, float]
@@ -57,8 +57,8 @@ def read_sts(path: str | Path) -> list[Pair]:
                 raise ValueError
         except (TypeError, ValueError, OverflowError):
             raise InputError(f"{where}: expected sentence1, sentence2 and a score, found {str(row)[:200]}") from None
-        check_unicode(f"{where}: sentence1", left)
-        check_unicode(f"{where}: sentence2", right)
+        check_text(f"{where}: sentence1", left)
+        check_text(f"{where}: sentence2", right)
         pairs.append(pair)
     return pairs
 
@@ -116,7 +116,6 @@ def _texts(path: Path, *, title: bool) -> dict[str, str]:
         key = str(row["_id"])
         check_id(where, key)
         text = f"{row.get('title') or ''} {row['text']}".strip() if title else row["text"]
-        check_unicode(where, text)
         if texts.setdefault(key, text) != text:
             before = next(at for other, at in read_jsonl(path) if str(other["_id"]) == key)
             raise InputError(f"{where}: _id {key!r}: expected the text that it has in {before}, found another")

@@ -17,6 +17,7 @@ import random
 from pathlib import Path
 
 from qwen3core.training import Options
+from qwen3core.writing import writing_into
 
 from .embedding import tiny_embedding
 from .reranker import tiny_reranker
@@ -30,13 +31,14 @@ def held_out(out: Path, wordnet: Path, seed: int, queries: int = 2000, documents
     chosen = chance.sample(examples, queries)
     corpus = dict.fromkeys(example.positive for example in [*chosen, *chance.sample(examples, len(examples))])
     number = {text: str(i) for i, text in enumerate(sorted(list(corpus)[:documents]))}
-    (out / "qrels").mkdir(parents=True, exist_ok=True)
-    numbered = enumerate(example.query for example in chosen)
-    for name, rows in (("corpus", ((i, text) for text, i in number.items())), ("queries", numbered)):
-        lines = (json.dumps({"_id": str(i), "text": text}) + "\n" for i, text in rows)
-        (out / f"{name}.jsonl").write_text("".join(lines), "utf-8")
-    qrels = (f"{i}\t{number[example.positive]}\t1\n" for i, example in enumerate(chosen))
-    (out / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(qrels), "utf-8")
+    numbered = ((f"q{i}", example.query) for i, example in enumerate(chosen))
+    qrels = (f"q{i}\t{number[example.positive]}\t1\n" for i, example in enumerate(chosen))
+    with writing_into(out) as part:
+        for name, rows in (("corpus", ((i, text) for text, i in number.items())), ("queries", numbered)):
+            lines = (json.dumps({"_id": i, "text": text}) + "\n" for i, text in rows)
+            (part / f"{name}.jsonl").write_text("".join(lines), "utf-8")
+        (part / "qrels").mkdir()
+        (part / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(qrels), "utf-8")
 
 
 def main() -> None:
