@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from qwen3core import CheckpointError, Embedder, InputError, Qwen3Config, Rerank
 from qwen3core.weights import find, precision, tensors
 from qwen3core.weights.build import load_model
 from qwen3core.weights.synthesize import LAYOUTS, synthesize
-from qwen3core.weights.tensors import INDEX, SINGLE
+from qwen3core.weights.tensors import INDEX, SINGLE, Tensors, rewrite
 
 ROOT = Path(__file__).resolve().parents[1]
 OFFICIAL = [name for name in LAYOUTS if not name.endswith("-small")]
@@ -677,6 +678,52 @@ def nasty(directory: Path) -> dict[str, bytes]:
         "long key": join({**fields, "k" * 10**6: {}}, data),
         "much data": join(relayout({**fields, "norm.weight": {"dtype": "F32", "shape": [2**50]}}), data),
     }
+
+
+def test_rewrite_copies_what_a_checkpoint_is(embedding_dir, tmp_path):
+    """Not what lies about in its folder; each file as readable as the umask says."""
+    source, out = shutil.copytree(embedding_dir, tmp_path / "source"), tmp_path / "out"
+    modules = json.loads((source / "modules.json").read_text())
+    modules.append({"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"})
+    (source / "modules.json").write_text(json.dumps(modules))
+    expected = {str(p.relative_to(source)) for p in source.rglob("*") if p.is_file()}
+    for name in ("3_Dense/model.safetensors", "additional_chat_templates/rag.jinja", "LICENSE"):
+        expected.add(name)
+    junk = ["training/state.pt", "adapter/adapter_model.safetensors", "mine/model.safetensors", "mine/config.json"]
+    junk += ["onnx/model.onnx", "pytorch_model.bin", "other.safetensors.part", ".gitattributes", ".cache/x", "a.gguf"]
+    for name in [*junk, *expected]:
+        (source / name).parent.mkdir(exist_ok=True)
+        if not (source / name).exists():
+            (source / name).write_text(name)
+    (source / SINGLE).chmod(0o600)
+    stored = Tensors(source)
+    before = os.umask(0o027)
+    try:
+        rewrite(source, out, lambda name: 2 * stored[name])
+    finally:
+        os.umask(before)
+    files = {str(p.relative_to(out)): p for p in out.rglob("*") if p.is_file()}
+    assert set(files) == expected
+    assert {p.stat().st_mode & 0o777 for p in files.values()} == {0o640}
+    assert all(p.read_bytes() == (source / name).read_bytes() for name, p in files.items() if name != SINGLE)
+    assert all(torch.equal(Tensors(out)[name], 2 * stored[name]) for name in stored)
+    assert [p.name for p in out.iterdir() if p.name.startswith(".")] == []
+
+
+def test_what_rewrite_refuses(embedding_dir, tmp_path):
+    source, out = shutil.copytree(embedding_dir, tmp_path / "source"), tmp_path / "out"
+    (tmp_path / "link").symlink_to(source)
+    stored = Tensors(source)
+    for inside in (source, source / "mine", tmp_path / "link" / "mine", source / "1_Pooling" / ".." / "mine"):
+        refused(partial(rewrite, source, inside, stored.__getitem__), "other than", error=InputError)
+    for value in (3.4e38, torch.nan):  # the first is finite in float32, not in bfloat16
+        weights = {**{name: stored[name] for name in stored}, "norm.weight": torch.full((64,), value)}
+        message = "expected weights that are finite in torch.bfloat16"
+        refused(partial(rewrite, source, out, weights.__getitem__), "norm.weight", message, error=InputError)
+    for modules in ("{", "[1]", '[{"path": 1}]', '[{"path": "../link"}]', '[{"path": "/etc"}]'):
+        (source / "modules.json").write_text(modules)
+        refused(partial(rewrite, source, out, stored.__getitem__), "modules.json", "expected modules with paths")
+    assert not out.exists() or not list(out.iterdir())
 
 
 @pytest.mark.slow

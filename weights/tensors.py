@@ -4,9 +4,9 @@ Nothing is renamed: keys are parameter names, with or without a leading ``model.
 are refused, since a pickle runs code.
 """
 
+import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -17,10 +17,13 @@ from torch import Tensor
 
 from qwen3core.config import read_json
 from qwen3core.errors import CheckpointError, InputError
+from qwen3core.writing import writing_into
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Names of dtypes in a safetensors header, those that weights of a model may have."""
+OTHER_FORMATS = {".bin", ".pt", ".pth", ".gguf", ".h5", ".onnx", ".npz"}
+"""Endings of weights that this does not read."""
 
 
 class Tensors:
@@ -112,8 +115,7 @@ def weight_map(directory: Path) -> dict[str, str]:
         return {"": SINGLE}
     index = directory / INDEX
     if not index.exists():
-        suffixes = {".bin", ".pt", ".pth", ".gguf", ".h5", ".onnx", ".npz"}
-        others = ", ".join(sorted(p.name for p in directory.iterdir() if p.suffix in suffixes))
+        others = ", ".join(sorted(p.name for p in directory.iterdir() if p.suffix in OTHER_FORMATS))
         found = f"{others}, which this does not read" if others else "neither"
         raise CheckpointError(f"{directory}: expected {SINGLE} or {INDEX}, found {found}")
     mapped = read_json(index).get("weight_map")
@@ -145,28 +147,49 @@ def rewrite(source: str | Path, directory: str | Path, tensor: Callable[[str], T
     """Write a checkpoint like ``source`` with other weights: same files, keys, shapes and dtypes; a shard in memory.
 
     tensor: by parameter name. ``directory`` is made if need be; its files change only once all are written. Raises
-    InputError where it is ``source`` itself.
+    InputError where it is in ``source``, or a weight is not finite in the checkpoint's dtype; CheckpointError, OSError.
     """
     source, directory = Path(source), Path(directory)
     check_apart(source, directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = Tensors(source)
-    others = [p for p in source.rglob("*") if p.is_file() and p.suffix != ".safetensors"]
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".part.") as part:
+    tensors, others = Tensors(source), _beside_weights(source)
+    with writing_into(directory) as part:
         for file, keys in tensors.files().items():
             shard = {key: tensor(name).to(tensors[name].dtype).contiguous() for name, key in keys.items()}
-            save_file(shard, Path(part) / file.name, metadata={"format": "pt"})
-            shutil.copymode(file, Path(part) / file.name)  # safetensors writes it for the owner alone
+            for key, weight in shard.items():
+                if not weight.isfinite().all():
+                    raise InputError(
+                        f"{key}: expected weights that are finite in {weight.dtype}, found some that are not"
+                    )
+            save_file(shard, part / file.name, metadata={"format": "pt"})
         for path in others:
-            copy = Path(part) / path.relative_to(source)
+            copy = part / path.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
-        for path in sorted(Path(part).rglob("*")):
-            target = directory / path.relative_to(part)
-            target.mkdir(exist_ok=True) if path.is_dir() else os.replace(path, target)
 
 
 def check_apart(source: Path, directory: Path) -> None:
-    """Raise InputError where a checkpoint would be written over the one it is made from."""
-    if directory.exists() and directory.samefile(source):
-        raise InputError(f"{directory}: expected a directory other than the source's, found the same")
+    """Raise InputError where a checkpoint would be written over the one it is made from, or into it."""
+    source, directory = source.resolve(), directory.resolve()
+    if directory.is_relative_to(source):
+        found = "the same" if directory == source else f"one inside {source}"
+        raise InputError(f"{directory}: expected a directory other than the source's, found {found}")
+
+
+def _beside_weights(source: Path) -> list[Path]:
+    """The other files of a checkpoint: at its top, in folders that modules.json names, and of chat templates.
+
+    Whatever else is in its directory, such as earlier outputs, is none of it. Raises CheckpointError.
+    """
+    listed, named = source / "modules.json", set[str]()
+    try:
+        if listed.exists():
+            named = {os.path.normpath(module["path"] or ".") for module in json.loads(listed.read_text("utf-8"))}
+        if outside := [name for name in named if os.path.isabs(name) or name.split("/")[0] == ".."]:
+            raise ValueError(f"outside of its directory: {outside[0]}")
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{listed}: expected modules with paths, found something else ({error})") from error
+    folders = named - {"."} | {"additional_chat_templates"}  # of transformers
+    weights = {".safetensors", ".part", *OTHER_FORMATS}
+    top = [path for path in source.iterdir() if path.suffix not in weights and not path.name.startswith(".")]
+    inside = [path for folder in sorted(folders) for path in (source / folder).rglob("*")]
+    return [path for path in [*top, *inside] if path.is_file()]
