@@ -292,6 +292,8 @@ def test_broken_rows_are_all_named_before_training(embedding_dir, tmp_path, caps
         '{"messages": [], "positive_messages": [[{"role": "user", "content": "x"}]]}',
         '{"messages": [{"role": "user", "content": "x"}]}',
         '{"messages": [{"role": "robot", "content": "x"}], "positive_messages": []}',
+        '{"query": "a", "response": "b", "rejected_response": ["c", "b"]}',
+        '{"query": "a \\ud800", "response": "b"}',
     ]
     path.write_text("\n".join(rows), "utf-8")
     out = tmp_path / "out"
@@ -305,6 +307,8 @@ def test_broken_rows_are_all_named_before_training(embedding_dir, tmp_path, caps
         (6, "messages: expected a message of the user, found none"),
         (7, "positive_messages: expected one or more, found none"),
         (8, "messages: expected messages with a role (system, user or assistant)"),
+        (9, "expected negatives that are no positives, found 'b' as both"),
+        (10, "expected Unicode text, found a lone surrogate '\\ud800' at character 2"),
     ]:
         assert f"{path}, line {line}: {reason}" in said
     assert not out.exists()

@@ -5,7 +5,7 @@
      "positive_messages": [[{"role": "user", "content": "..."}]], "negative_messages": [[...], ...]}
 
 ``rejected_response`` may be one text, or missing; a system message among ``messages`` is the query's instruction. A row
-of several positives is an example of each.
+of several positives is an example of each. A row whose negative is one of its positives is broken.
 """
 
 from collections.abc import Sequence
@@ -65,6 +65,8 @@ def _examples(row: Any) -> list[Example]:
         rejected = row.get("rejected_response") or []
         rejected = [rejected] if isinstance(rejected, str) else _list(rejected, "rejected_response")
         negatives = [_filled(text, "rejected_response") for text in rejected]
+    if both := set(positives).intersection(negatives):
+        raise InputError(f"expected negatives that are no positives, found {both.pop()!r:.80} as both")
     return [Example(query, positive, tuple(negatives), system) for positive in positives]
 
 
