@@ -222,19 +222,26 @@ def test_the_command_lowers_the_loss_and_its_checkpoint_is_everybodys(
 
 
 def same_as_peft(kind, directory, out):
-    """The base model with the saved adapter, opened by peft and transformers, is the merged checkpoint."""
-    from peft import PeftModel
+    """The saved adapter, opened by peft and transformers, finds its base model and is the merged checkpoint."""
+    from peft import AutoPeftModelForCausalLM, AutoPeftModelForFeatureExtraction
     from transformers import AutoModel, AutoModelForCausalLM
 
+    auto_peft = AutoPeftModelForFeatureExtraction if kind == "embedding" else AutoPeftModelForCausalLM
     auto = AutoModel if kind == "embedding" else AutoModelForCausalLM
     ids = torch.arange(300, 320)[None]
     with torch.no_grad():
-        base = auto.from_pretrained(directory, dtype=torch.float32)
-        plain = base(ids)[0]
-        adapted = PeftModel.from_pretrained(base, out / "adapter")(ids)[0]
+        plain = auto.from_pretrained(directory, dtype=torch.float32)(ids)[0]
+        adapted = auto_peft.from_pretrained(out / "adapter", dtype=torch.float32)(ids)[0]
         merged = auto.from_pretrained(out, dtype=torch.float32)(ids)[0]
     # The merged checkpoint is stored in bfloat16, so it is nearer to the adapted model than that is to the plain one.
     assert (merged - adapted).norm() < 0.2 * (adapted - plain).norm()
+    assert {path.stat().st_mode & 0o777 for path in (out / "adapter").iterdir()} == {0o666 & ~umask()}
+
+
+def umask():
+    now = os.umask(0o022)
+    os.umask(now)
+    return now
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from ..errors import check_int
 from ..prompts import DEFAULT_TASK
 from ..reranker import Reranker
 from ..training import lora, losses
-from ..weights.find import find, is_embedding
+from ..weights.find import SHIPPED, find, is_embedding
 from ..weights.tensors import check_apart, rewrite
 from .arguments import Commands, add_command, add_device
 
@@ -63,7 +63,9 @@ def train(args: argparse.Namespace) -> int:
     training.train(model, task, options, args.output / "training")
     if int(os.environ.get("RANK", 0)) == 0:
         if args.lora is not None:
-            lora.save_lora(model, args.output / "adapter", lm_head=not embedding)
+            base = str(directory.resolve()) if os.path.isdir(args.model) or args.model in SHIPPED else args.model
+            adapter = args.output / "adapter"
+            lora.save_lora(model, adapter, lm_head=not embedding, base=base, revision=args.revision)
         weights = lora.merged_weights(model) if args.lora is not None else model.state_dict()
         rewrite(directory, args.output, weights.__getitem__)
         print(args.output)

@@ -1,12 +1,14 @@
 """LoRA (arXiv:2106.09685) through peft: adapters on every projection of the decoder, in peft's own format."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError, check_int
 from ..model import Qwen3Model
+from ..writing import writing_into
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -26,16 +28,26 @@ def add_lora(model: Qwen3Model, rank: int, *, seed: int = 0) -> None:
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS), model)
 
 
-def save_lora(model: Qwen3Model, folder: Path, *, lm_head: bool) -> None:
-    """Write the adapters in peft's format; lm_head: for transformers' model that has one, not for the bare decoder."""
+def save_lora(
+    model: Qwen3Model, folder: Path, *, lm_head: bool, base: str | None = None, revision: str | None = None
+) -> None:
+    """Write the adapters in peft's format, whole or not at all.
+
+    lm_head: for transformers' model that has one, not for the bare decoder. base: absolute path or hub id (and its
+    revision) of the checkpoint that they belong to; peft's ``AutoPeftModelForCausalLM`` or
+    ``AutoPeftModelForFeatureExtraction`` opens it. Raises OSError.
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
     prefix = "base_model.model.model." if lm_head else "base_model.model."
     adapters = get_peft_model_state_dict(model)
-    save_file({prefix + name: x.contiguous() for name, x in adapters.items()}, folder / "adapter_model.safetensors")
-    model.peft_config["default"].save_pretrained(folder)  # type: ignore[union-attr, index]
+    config: Any = model.peft_config["default"]  # type: ignore[index]
+    config.task_type = "CAUSAL_LM" if lm_head else "FEATURE_EXTRACTION"
+    config.base_model_name_or_path, config.revision = base, revision
+    with writing_into(folder) as part:
+        save_file({prefix + name: x.contiguous() for name, x in adapters.items()}, part / "adapter_model.safetensors")
+        config.save_pretrained(part)
 
 
 def merged_weights(model: Qwen3Model) -> dict[str, Tensor]:
