@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -183,6 +184,51 @@ def test_a_state_of_another_training_is_refused(small, tmp_path):
         train(model.model, task, dataclasses.replace(OPTIONS, seed=1), tmp_path)
 
 
+def test_a_gradient_that_is_not_finite_changes_no_weight(small, tmp_path):
+    """The root of 0 is finite, its slope is not: in the last step, no loss after it would tell."""
+    embedder = opened(Embedder, small[Embedder])
+    task = dataclasses.replace(task_of(embedder), loss=lambda outputs, groups: (0 * outputs).sum().sqrt())
+    before = {name: x.clone() for name, x in embedder.model.state_dict().items()}
+    with pytest.raises(InputError, match=r"learning_rate 0\.001: expected a finite gradient, found nan at step=0"):
+        train(embedder.model, task, dataclasses.replace(OPTIONS, epochs=0.5), tmp_path)
+    for name, x in embedder.model.state_dict().items():
+        assert torch.equal(x, before[name]), name
+
+
+ALONE = [dataclasses.replace(e, negatives=()) for e in EXAMPLES]
+ONE_QUERY = [dataclasses.replace(e, query="which?") for e in ALONE]
+
+
+@pytest.mark.parametrize(
+    ("kind", "examples", "options", "message"),
+    [
+        (Embedder, ALONE, {"batch_size": 1}, "found no negatives, batch_size 1 and different queries 8"),
+        (Embedder, ONE_QUERY, {"batch_size": 4}, "found no negatives, batch_size 4 and different queries 1"),
+        (Reranker, ALONE, {"loss": losses.listwise}, r"expected negatives \(rejected_response\), found none"),
+        (Reranker, ALONE, {"loss": losses.pointwise}, r"expected negatives \(rejected_response\), found none"),
+        (Embedder, EXAMPLES, {"dims": [64, 65]}, "dims: expected an integer from 1 to 64, found 65"),
+        (Embedder, EXAMPLES, {"temperature": 0}, "temperature: expected a finite number above 0, found 0"),
+        (Embedder, EXAMPLES, {"margin": math.nan}, "margin: expected a finite number of at least 0, found nan"),
+        (Embedder, EXAMPLES, {"max_length": 9}, r"max_length: expected an integer of at least \d\d, found 9"),
+        (Reranker, EXAMPLES, {"max_length": 20}, r"max_length: expected an integer of at least \d\d, found 20"),
+        (Embedder, EXAMPLES, {"batch_size": 9}, r"epochs 1\.0 x 8 examples / batch_size 9: expected one step or more"),
+    ],
+)
+def test_what_cannot_learn_is_refused_before_it_begins(kind, examples, options, message, small, tmp_path):
+    model = opened(kind, small[kind])
+    size = {"batch_size": options.pop("batch_size", 4)}
+    with pytest.raises(InputError, match=message):
+        train(model.model, task_of(model, examples, **options), Options(**size), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_batches_of_one_with_negatives_and_pairs_in_a_batch_learn(small, tmp_path):
+    embedder = opened(Embedder, small[Embedder])
+    for number, (examples, size) in enumerate(((EXAMPLES, 1), (ALONE, 2))):
+        train(embedder.model, task_of(embedder, examples), Options(batch_size=size), tmp_path / str(number))
+        assert max(row["grad_norm"] for row in recorded(tmp_path / str(number))) > 0
+
+
 @pytest.mark.parametrize(
     ("kind", "extra"),
     [
@@ -202,7 +248,8 @@ def test_the_command_lowers_the_loss_and_its_checkpoint_is_everybodys(
         pytest.importorskip("peft")
     directory = embedding_dir if kind == "embedding" else reranker_dir
     out = tmp_path / "out"
-    flags = ["--epochs", "10", "--batch-size", "4", "--learning-rate", "2e-3", "--dims", "64", "32"]
+    flags = ["--epochs", "10", "--batch-size", "4", "--learning-rate", "2e-3"]
+    flags += ["--dims", "64", "32"] if kind == "embedding" else []
     assert main(["train", str(directory), str(data), "-o", str(out), *flags, *extra]) == 0
     rows = recorded(out / "training")
     first, last = (sum(row["loss"] for row in part) / len(part) for part in (rows[:4], rows[-4:]))
@@ -322,16 +369,29 @@ def test_broken_rows_are_all_named_before_training(embedding_dir, tmp_path, caps
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("name", "values"),
     [
-        ({"batch_size": 0}, "batch_size: expected an integer of at least 1, found 0"),
-        ({"learning_rate": 1e30, "epochs": 50}, r"learning_rate 1e\+30: expected a finite loss, found nan at step"),
+        ("epochs", [0, -3.0, math.nan, math.inf, 1e300, "1"]),
+        ("batch_size", [0, -1, 2.0, True, 10**400]),
+        ("batch_tokens", [0]),
+        ("learning_rate", [0.0, -1e-5, math.nan, math.inf]),
+        ("warmup", [-0.1, 1.1, math.nan]),
+        ("weight_decay", [-1.0, math.inf]),
+        ("max_grad_norm", [0.0, -1.0, math.nan]),
+        ("save_every", [0]),
+        ("seed", [-1, 2**32, 0.5]),
     ],
 )
-def test_options_that_cannot_work(options, message, small, tmp_path):
+def test_numbers_that_are_no_options(name, values):
+    for value in values:
+        with pytest.raises(InputError, match=f"{name}: expected .*, found"):
+            Options(**{name: value})
+
+
+def test_a_learning_rate_that_is_too_high(small, tmp_path):
     model = opened(Embedder, small[Embedder])
-    with pytest.raises(InputError, match=message):
-        train(model.model, task_of(model), Options(**options), tmp_path)
+    with pytest.raises(InputError, match=r"learning_rate 1e\+30: expected a finite loss, found nan at step"):
+        train(model.model, task_of(model), Options(learning_rate=1e30, epochs=50), tmp_path)
 
 
 def test_only_float32_is_trained(small, tmp_path):
@@ -344,14 +404,25 @@ def test_only_float32_is_trained(small, tmp_path):
     ("flags", "message"),
     [
         (["-o", "{model}"], "expected a directory other than the source's, found the same"),
-        (["-o", "{out}", "--dims", "64", "65"], "dims: expected an integer from 1 to 64, found 65"),
+        (["-o", "{model}/mine"], "expected a directory other than the source's, found one inside"),
+        (["-o", "{model}/../link/mine"], "expected a directory other than the source's, found one inside"),
+        (["-o", "{out}", "--epochs", "nan"], "epochs: expected a finite number above 0"),
+        (["-o", "{out}", "--max-length", "40000"], "max_length: expected at most 32768, the model's limit"),
+        (["-o", "{out}", "--listwise"], "--listwise: expected none with a model of kind embedding, found True"),
+        (["-o", "{out}", "--kind", "reranker", "--dims", "64"], "--dims: expected none with a model of kind reranker"),
+        (
+            ["-o", "{out}", "--batch-size", "4", "--dims", "64", "65"],
+            "dims: expected an integer from 1 to 64, found 65",
+        ),
         (["-o", "{out}", "--lora", "0"], "lora: expected an integer of at least 1, found 0"),
     ],
 )
 def test_the_command_refuses_before_it_trains(flags, message, embedding_dir, data, tmp_path, capsys):
-    before = sorted(embedding_dir.iterdir())
-    flags = [flag.format(model=embedding_dir, out=tmp_path / "out") for flag in flags]
-    assert main(["train", str(embedding_dir), str(data), *flags]) == 2
+    model = shutil.copytree(embedding_dir, tmp_path / "model")
+    (tmp_path / "link").symlink_to(model)
+    before = sorted(model.iterdir())
+    flags = [flag.format(model=model, out=tmp_path / "out", data=data.parent) for flag in flags]
+    assert main(["train", str(model), str(data), *flags]) == 2
     assert message in capsys.readouterr().err
-    assert sorted(embedding_dir.iterdir()) == before
+    assert sorted(model.iterdir()) == before
     assert not (tmp_path / "out").exists()

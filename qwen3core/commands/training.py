@@ -2,21 +2,26 @@
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .. import training
 from ..embedder import Embedder
-from ..errors import check_int
+from ..errors import InputError
 from ..prompts import DEFAULT_TASK
 from ..reranker import Reranker
 from ..training import lora, losses
 from ..weights.find import SHIPPED, find, is_embedding
 from ..weights.tensors import check_apart, rewrite
-from .arguments import Commands, add_command, add_device
+from .arguments import Commands, add_command, add_device, open_pretrained
+from .files import text_argument
+
+EMBEDDING_OPTIONS, RERANKER_OPTIONS = ("dims", "temperature", "margin"), ("listwise",)
+"""Options of one kind of model alone; None unless given."""
 
 
 def register(commands: Commands) -> None:
@@ -30,14 +35,17 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="directory; the same call resumes there")
     parser.add_argument("--kind", default="auto", choices=("auto", "embedding", "reranker"))
     parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank, merged at the end")
-    parser.add_argument("--instruction", default=DEFAULT_TASK, help="for queries that have none of their own")
+    parser.add_argument(
+        "--instruction", type=text_argument, default=DEFAULT_TASK, help="for queries that have none of their own"
+    )
     parser.add_argument("--max-length", type=int, default=512, help="tokens per input, template included")
     parser.add_argument(
         "--dims", type=int, nargs="+", help="embedding: widths to train (Matryoshka); by default the whole"
     )
-    parser.add_argument("--temperature", type=float, default=0.02, help="embedding: InfoNCE's")
-    parser.add_argument("--margin", type=float, default=0.1, help="embedding: above the positive, no longer a negative")
-    parser.add_argument("--listwise", action="store_true", help="reranker: rank a positive above its own negatives")
+    parser.add_argument("--temperature", type=float, help="embedding: InfoNCE's, default 0.02")
+    parser.add_argument("--margin", type=float, help="embedding: above the positive, no longer a negative; default 0.1")
+    listwise = "reranker: rank a positive above its own negatives"
+    parser.add_argument("--listwise", action="store_true", default=None, help=listwise)
     add_device(parser)
     for field in fields(training.Options):
         flag = f"--{field.name.replace('_', '-')}"
@@ -49,14 +57,16 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
 
 def train(args: argparse.Namespace) -> int:
     """Train a checkpoint on files of examples, and write the trained one."""
-    examples = training.read_examples(args.inputs)
+    options = training.Options(**{field.name: getattr(args, field.name) for field in fields(training.Options)})
     directory = find(args.model, revision=args.revision)
     check_apart(directory, args.output)
-    options = training.Options(**{field.name: getattr(args, field.name) for field in fields(training.Options)})
+    examples = training.read_examples(args.inputs)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # torchrun's
     embedding = args.kind == "embedding" or (args.kind == "auto" and is_embedding(directory))
-    opened, task = (_embedding if embedding else _reranker)(args, directory, examples)
+    kind: type[Embedder] | type[Reranker] = Embedder if embedding else Reranker
+    opened = open_pretrained(kind, args, dtype="float32")
+    task = _task(opened, args, examples)
     model = opened.model.requires_grad_()
     if args.lora is not None:
         lora.add_lora(model, args.lora, seed=args.seed)
@@ -72,30 +82,15 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
-def _embedding(
-    args: argparse.Namespace, directory: Path, examples: Sequence[training.Example]
-) -> tuple[Embedder | Reranker, training.Task]:
-    opened = Embedder.from_pretrained(directory, dtype="float32", device=args.device, ops=args.ops)
-    hidden_size = opened.model.config.hidden_size
-    dims = args.dims or [hidden_size]
-    for dim in dims:
-        check_int("dims", dim, 1, hidden_size)
-    return opened, training.embedding_task(
-        examples,
-        opened.tokenizer,
-        instruction=args.instruction,
-        max_length=args.max_length,
-        dims=dims,
-        temperature=args.temperature,
-        margin=args.margin,
-    )
-
-
-def _reranker(
-    args: argparse.Namespace, directory: Path, examples: Sequence[training.Example]
-) -> tuple[Embedder | Reranker, training.Task]:
-    opened = Reranker.from_pretrained(directory, dtype="float32", device=args.device, ops=args.ops)
-    loss: Callable[..., torch.Tensor] = losses.listwise if args.listwise else losses.pointwise
-    return opened, training.reranking_task(
-        examples, opened.tokenizer, instruction=args.instruction, max_length=args.max_length, loss=loss
-    )
+def _task(opened: Embedder | Reranker, args: argparse.Namespace, examples: Sequence[training.Example]) -> training.Task:
+    kinds = {"embedding": EMBEDDING_OPTIONS, "reranker": RERANKER_OPTIONS}
+    kind = "embedding" if isinstance(opened, Embedder) else "reranker"
+    given = {name: value for names in kinds.values() for name in names if (value := getattr(args, name)) is not None}
+    for name in given:
+        if name not in kinds[kind]:
+            raise InputError(f"--{name}: expected none with a model of kind {kind}, found {given[name]}")
+    options: dict[str, Any] = {"instruction": args.instruction, "max_length": args.max_length}
+    if isinstance(opened, Embedder):
+        return training.embedding_task(examples, opened.tokenizer, **options, **given)
+    loss = losses.listwise if given else losses.pointwise
+    return training.reranking_task(examples, opened.tokenizer, **options, loss=loss)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
 
-from ..errors import InputError, check_int
+from ..errors import InputError, check_int, check_number
 from ..model import Qwen3Model
 from .cached_gradients import CachedGradients
 from .files import RunFiles
@@ -21,7 +21,7 @@ from .tasks import Task
 
 @dataclass(frozen=True)
 class Options:
-    """How to train."""
+    """How to train. Raises InputError for a number that is none."""
 
     epochs: float = 1.0
     batch_size: int = 32
@@ -42,18 +42,29 @@ class Options:
     """Steps between states to resume from."""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_number("epochs", self.epochs, 0, 1e6, above=True)
+        for name in ("batch_size", "batch_tokens", "save_every"):
+            check_int(name, getattr(self, name), 1, 2**31 - 1)
+        for name in ("learning_rate", "max_grad_norm"):
+            check_number(name, getattr(self, name), 0, above=True)
+        check_number("warmup", self.warmup, 0, 1)
+        check_number("weight_decay", self.weight_decay, 0)
+        check_int("seed", self.seed, 0, 2**32 - 1)
+
 
 def train(model: Qwen3Model, task: Task, options: Options, folder: str | Path) -> None:
     """Train, in place, those parameters of ``model`` that require gradients; they are float32.
 
     In ``folder``: ``loss.jsonl``, a row a step; ``loss.png`` where matplotlib is; and ``state.pt`` until the end, from
-    which the same call goes on after a kill, on one machine with the same result to the bit. Raises InputError, also
-    where the state is of another training, or the loss is no longer finite.
+    which the same call goes on after a kill, on one machine with the same result to the bit.
+
+    Raises InputError before anything is written where the options leave no step or nothing to learn; also where the
+    state is of another training, or loss or gradient are no longer finite.
     """
-    for name in ("batch_size", "batch_tokens", "save_every"):
-        check_int(name, getattr(options, name), 1)
     parameters = _trained(model)
-    steps = max(1, round(options.epochs * task.size / options.batch_size))
+    steps = _steps(task.size, options)
+    task.check(model, options.batch_size)
     gradients = CachedGradients(model, task, options.batch_tokens, bfloat16=options.bfloat16)
     first_process = gradients.rank == 0
     optimizer = torch.optim.AdamW(parameters.values(), weight_decay=options.weight_decay, fused=True)
@@ -65,11 +76,12 @@ def train(model: Qwen3Model, task: Task, options: Options, folder: str | Path) -
         bar = tqdm(range(first, steps), initial=first, total=steps, unit="step", disable=disable)
         for step in bar:
             loss, tokens = gradients.compute(_examples(step, task.size, options))
-            if not math.isfinite(loss):
-                raise InputError(
-                    f"learning_rate {options.learning_rate}: expected a finite loss, found {loss} at {step=}"
-                )
             norm = nn.utils.clip_grad_norm_(parameters.values(), options.max_grad_norm).item()
+            for name, value in (("loss", loss), ("gradient", norm)):
+                if not math.isfinite(value):
+                    raise InputError(
+                        f"learning_rate {options.learning_rate}: expected a finite {name}, found {value} at {step=}"
+                    )
             rate = options.learning_rate * _schedule(step, steps, options.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -89,6 +101,16 @@ def _trained(model: Qwen3Model) -> dict[str, nn.Parameter]:
     if wrong or not parameters:
         raise InputError(f"train: expected float32 parameters that require gradients, found {wrong[:3] or 'none'}")
     return parameters
+
+
+def _steps(size: int, options: Options) -> int:
+    steps = options.epochs * size / options.batch_size
+    if steps < 1:
+        raise InputError(
+            f"epochs {options.epochs} x {size} examples / batch_size {options.batch_size}: expected one step or more, "
+            f"found {steps:.3g}"
+        )
+    return round(steps)
 
 
 @contextmanager

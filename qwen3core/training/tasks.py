@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..batch import PackedBatch
+from ..errors import InputError, check_int, check_number
 from ..model import Qwen3Model
 from ..prompts import DEFAULT_TASK, embedding_query, reranker_body
 from ..reference import yes_minus_no
@@ -31,6 +32,8 @@ class Task:
     """The output of each sequence: float32 [n, ...]."""
     loss: Callable[[Tensor, Any], Tensor]
     """A scalar from the outputs of a batch's sequences, in their order, and the targets that ``batch`` gave."""
+    check: Callable[[Qwen3Model, int], None] = lambda model, batch_size: None
+    """Raises InputError where nothing can be learned from the examples, for this model and batch size."""
 
 
 def embedding_task(
@@ -46,8 +49,12 @@ def embedding_task(
     """InfoNCE over the first ``dims`` components of vectors (all, by default); queries carry the instruction.
 
     instruction: for examples that have none of their own. max_length: tokens per text, prompt included. temperature,
-    margin: see ``losses.info_nce``.
+    margin: see ``losses.info_nce``. Raises InputError.
     """
+    check_number("temperature", temperature, 0, above=True)
+    check_number("margin", margin, 0)
+    prompts = {embedding_query(text) for text in _instructions(examples, instruction)}
+    check_int("max_length", max_length, max(map(len, tokenizer.encode(list(prompts))), default=0) + 2)
 
     def batch(indices: list[int]) -> Batch:
         texts: dict[tuple[str, str], int] = {}
@@ -67,7 +74,20 @@ def embedding_task(
         widths = dims or [outputs.shape[1]]
         return losses.matryoshka(outputs, groups, dims=widths, temperature=temperature, margin=margin)
 
-    return Task(len(examples), batch, lambda model, packed: model.embed(packed, normalize=False), loss)
+    def outputs(model: Qwen3Model, packed: PackedBatch) -> Tensor:
+        return model.embed(packed, normalize=False)
+
+    def check(model: Qwen3Model, batch_size: int) -> None:
+        for dim in dims or []:
+            check_int("dims", dim, 1, model.config.hidden_size)
+        queries = {(e.instruction or instruction, e.query) for e in examples}
+        if (batch_size == 1 or len(queries) == 1) and not any(e.negatives for e in examples):
+            raise InputError(
+                "examples: expected negatives (rejected_response), or several queries in a batch, found no negatives, "
+                f"batch_size {batch_size} and different queries {len(queries)}: nothing to tell a positive from"
+            )
+
+    return Task(len(examples), batch, outputs, loss, check)
 
 
 def reranking_task(
@@ -80,8 +100,12 @@ def reranking_task(
 ) -> Task:
     """Yes for positives, no for negatives; ``losses.listwise`` ranks each positive above its negatives instead.
 
-    instruction: for examples that have none of their own. max_length: tokens per pair, template included.
+    instruction: for examples that have none of their own. max_length: tokens per pair, template included. Raises
+    InputError.
     """
+    bodies = [reranker_body(text, "", "") for text in _instructions(examples, instruction)]
+    around = max(map(len, tokenizer.encode(bodies)), default=0) + len(tokenizer.prefix) + len(tokenizer.suffix)
+    check_int("max_length", max_length, around + 1)
     yes_no = tokenizer.yes_no()
 
     def batch(indices: list[int]) -> Batch:
@@ -100,7 +124,15 @@ def reranking_task(
     def outputs(model: Qwen3Model, packed: PackedBatch) -> Tensor:
         return model.embed(packed, normalize=False) @ yes_minus_no(model.lm_head_rows(yes_no))
 
-    return Task(len(examples), batch, outputs, loss)
+    def check(model: Qwen3Model, batch_size: int) -> None:
+        if not any(e.negatives for e in examples):
+            raise InputError("examples: expected negatives (rejected_response), found none: yes would be right always")
+
+    return Task(len(examples), batch, outputs, loss, check)
+
+
+def _instructions(examples: Sequence[Example], instruction: str) -> list[str]:
+    return sorted({e.instruction or instruction for e in examples})
 
 
 def _groups(query: list[int], documents: list[list[int]]) -> Groups:
