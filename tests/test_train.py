@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import tolerances
 import torch
 from torch.nn import functional as F
 
-from qwen3core import Embedder, InputError, Reranker, capture
+from qwen3core import Embedder, InputError, Reranker, capture, reference
 from qwen3core.commands import main
 from qwen3core.parity import parity
 from qwen3core.training import Example, Options, embedding_task, losses, read_examples, reranking_task, train
@@ -169,19 +170,166 @@ def test_interrupted_and_resumed_equals_uninterrupted(kind, small, tmp_path):
     assert not (tmp_path / "part" / "state.pt").exists()
 
 
-def test_a_state_of_another_training_is_refused(small, tmp_path):
-    model = opened(Embedder, small[Embedder])
-    task = task_of(model)
-    steps = iter(range(6))
+def interrupted(folder, model, task, options=OPTIONS, *, steps=6):
+    """Train for some steps, as far as a kill lets it."""
+    left = iter(range(steps))
 
     def batch(indices):
-        next(steps)  # the seventh raises StopIteration
+        next(left)  # one step more raises StopIteration
         return task.batch(indices)
 
     with pytest.raises(StopIteration):
-        train(model.model, dataclasses.replace(task, batch=batch), OPTIONS, tmp_path)
-    with pytest.raises(InputError, match=r"state\.pt: expected the state of this training, found one of seed 0"):
-        train(model.model, task, dataclasses.replace(OPTIONS, seed=1), tmp_path)
+        train(model, dataclasses.replace(task, batch=batch), options, folder)
+
+
+@pytest.fixture(scope="module")
+def stopped(embedding_dir, tmp_path_factory):
+    """The folder of a training of embeddings, stopped after the first of two states."""
+    folder = tmp_path_factory.mktemp("stopped")
+    embedder = opened(Embedder, embedding_dir)
+    interrupted(folder, embedder.model, task_of(embedder))
+    return folder
+
+
+REVERSED = [dataclasses.replace(e, query=e.query[::-1]) for e in EXAMPLES]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"examples": REVERSED}, "examples '"),
+        ({"examples": [*EXAMPLES[1:], EXAMPLES[0]]}, "examples '"),
+        ({"instruction": "Find the kind"}, "instruction 'Given"),
+        ({"max_length": 100}, "max_length 512, here 100"),
+        ({"dims": [32]}, "dims None, here [32]"),
+        ({"temperature": 0.05}, "temperature 0.02, here 0.05"),
+        ({"margin": 0.2}, "margin 0.1, here 0.2"),
+        ({"options": {"seed": 1}}, "seed 0, here 1"),
+        ({"options": {"batch_tokens": 99}}, "batch_tokens 100, here 99"),
+        ({"options": {"epochs": 7}}, "epochs 6, here 7"),
+        ({"ops": "reference"}, "linear=qwen3core.ops_torch"),
+        ({"weight": 1}, "model '"),
+        ({"frozen": 1}, "trained '"),
+        ({"task": reranking_task}, "task 'embedding', here 'reranking'"),
+        ({"split_special_tokens": True}, "tokenizer '"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_state_of_another_training_is_refused(change, named, stopped, small):
+    """By the name of what differs, with both values."""
+    change = dict(change)
+    from_pretrained = {name: change.pop(name) for name in ("ops", "split_special_tokens") if name in change}
+    embedder = Embedder.from_pretrained(small[Embedder], dtype="float32", **from_pretrained)
+    model = embedder.model.requires_grad_()
+    options = dataclasses.replace(OPTIONS, **change.pop("options", {}))
+    with torch.no_grad():
+        model.norm.weight[0] += change.pop("weight", 0)
+    model.norm.requires_grad_(not change.pop("frozen", 0))
+    task = change.pop("task", embedding_task)(change.pop("examples", EXAMPLES), embedder.tokenizer, **change)
+    before = {path: path.read_bytes() for path in stopped.iterdir()}
+    with pytest.raises(InputError, match="expected the state of this training, found one of") as raised:
+        train(model, task, options, stopped)
+    assert named in str(raised.value)
+    assert "use its options, or remove it" in str(raised.value)
+    assert {path: path.read_bytes() for path in stopped.iterdir()} == before
+
+
+def test_losses_and_operations_are_known_by_name_and_arguments(small, tmp_path):
+    """Not by the address of a process."""
+    found = []
+    for margin in (1.0, 1.0, 2.0):
+        reranker = opened(Reranker, small[Reranker])
+        reranker.model.ops = dataclasses.replace(reranker.model.ops, rms_norm=partial(reference.rms_norm))
+        loss = partial(lambda logits, groups, margin: losses.listwise(margin * logits, groups), margin=margin)
+        found.append(task_of(reranker, loss=loss))
+    often = dataclasses.replace(OPTIONS, save_every=1)
+    interrupted(tmp_path, reranker.model, found[0], often, steps=1)
+    model = opened(Reranker, small[Reranker]).model
+    with pytest.raises(
+        InputError, match=r"one of loss .*margin=1\.0\)', here .*margin=2\.0\)'.*; ops .*partial.*, here"
+    ):
+        train(model, found[2], OPTIONS, tmp_path)
+    model.ops = dataclasses.replace(model.ops, rms_norm=partial(reference.rms_norm))
+    interrupted(tmp_path, model, found[1], steps=0)  # resumed, as far as its first batch
+
+
+@pytest.mark.parametrize("broken", ["half a state", "no state", "half a row", "no rows"])
+def test_what_a_kill_or_a_lost_disk_leaves(broken, stopped, small, tmp_path):
+    folder = shutil.copytree(stopped, tmp_path / "run")
+    state, log = folder / "state.pt", folder / "loss.jsonl"
+    content = state.read_bytes()
+    rows = log.read_bytes()
+    (folder / ".state.pt.part").mkdir()  # of a process killed while it wrote
+    (folder / ".state.pt.part" / "state.pt").write_bytes(content[:100])
+    embedder = opened(Embedder, small[Embedder])
+    if "state" in broken:
+        state.write_bytes(content[: len(content) // 2] if "half" in broken else b"")
+        with pytest.raises(
+            InputError, match=r"state\.pt: expected the state of a training, found .* remove it to begin"
+        ):
+            train(embedder.model, task_of(embedder), OPTIONS, folder)
+        return
+    log.write_bytes(rows[:-9])
+    if "no rows" in broken:
+        log.unlink()
+    train(embedder.model, task_of(embedder), dataclasses.replace(OPTIONS, save_every=3), folder)  # decides no number
+    expected = list(range(12)) if "half" in broken else list(range(5, 12))
+    assert [row["step"] for row in recorded(folder)] == expected
+    assert {path.name for path in folder.iterdir()} - {"loss.png"} == {"loss.jsonl"}
+
+
+def test_the_state_stays_until_the_result_is_written(small, tmp_path):
+    def fail():
+        raise OSError("disk full")
+
+    whole = opened(Embedder, small[Embedder])
+    with pytest.raises(OSError, match="disk full"):
+        train(whole.model, task_of(whole), OPTIONS, tmp_path, write=fail)
+    rows = recorded(tmp_path)
+    assert len(rows) == 12
+
+    again = opened(Embedder, small[Embedder])
+    written = []
+
+    def write():
+        assert (tmp_path / "state.pt").exists()
+        written.append(again.model.state_dict())
+
+    task = dataclasses.replace(task_of(again), batch=lambda indices: pytest.fail("trained again"))
+    train(again.model, task, OPTIONS, tmp_path, write=write)
+    for name, x in whole.model.state_dict().items():
+        assert torch.equal(x, written[0][name]), name
+    assert recorded(tmp_path) == rows
+    assert not (tmp_path / "state.pt").exists()
+
+
+def test_a_state_that_the_disk_does_not_take(small, stopped, tmp_path):
+    """Said in a sentence; the state before stays."""
+    folder = shutil.copytree(stopped, tmp_path / "run")
+    embedder = opened(Embedder, small[Embedder])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"state\.pt: expected to write a state, found .*File too large"):
+            train(embedder.model, task_of(embedder), OPTIONS, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (folder / "state.pt").read_bytes() == (stopped / "state.pt").read_bytes()
+    assert {path.name for path in folder.iterdir()} == {"state.pt", "loss.jsonl"}
+
+
+def test_one_training_at_a_time_in_a_folder(small, tmp_path):
+    embedder = opened(Embedder, small[Embedder])
+    task = task_of(embedder)
+
+    def batch(indices):
+        with pytest.raises(InputError, match="expected no other training there, found one that is running"):
+            train(embedder.model, task, OPTIONS, tmp_path)
+        raise StopIteration
+
+    with pytest.raises(StopIteration):
+        train(embedder.model, dataclasses.replace(task, batch=batch), OPTIONS, tmp_path)
+    train(embedder.model, task, dataclasses.replace(OPTIONS, epochs=0.5), tmp_path)
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight(small, tmp_path):
@@ -406,6 +554,7 @@ def test_only_float32_is_trained(small, tmp_path):
         (["-o", "{model}"], "expected a directory other than the source's, found the same"),
         (["-o", "{model}/mine"], "expected a directory other than the source's, found one inside"),
         (["-o", "{model}/../link/mine"], "expected a directory other than the source's, found one inside"),
+        (["-o", "{data}"], "expected an empty directory, or an interrupted training, found data.jsonl"),
         (["-o", "{out}", "--epochs", "nan"], "epochs: expected a finite number above 0"),
         (["-o", "{out}", "--max-length", "40000"], "max_length: expected at most 32768, the model's limit"),
         (["-o", "{out}", "--listwise"], "--listwise: expected none with a model of kind embedding, found True"),

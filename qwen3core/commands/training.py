@@ -3,7 +3,7 @@
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..prompts import DEFAULT_TASK
 from ..reranker import Reranker
 from ..training import lora, losses
+from ..training.files import STATE
 from ..weights.find import SHIPPED, find, is_embedding
 from ..weights.tensors import check_apart, rewrite
 from .arguments import Commands, add_command, add_device, open_pretrained
@@ -32,7 +33,9 @@ def register(commands: Commands) -> None:
 
 def _add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", metavar="DATA", help=".jsonl files; formats in qwen3core/training/data.py")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="directory; the same call resumes there")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="a new directory; after a kill, the same call goes on"
+    )
     parser.add_argument("--kind", default="auto", choices=("auto", "embedding", "reranker"))
     parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank, merged at the end")
     parser.add_argument(
@@ -60,6 +63,7 @@ def train(args: argparse.Namespace) -> int:
     options = training.Options(**{field.name: getattr(args, field.name) for field in fields(training.Options)})
     directory = find(args.model, revision=args.revision)
     check_apart(directory, args.output)
+    _check_resumable(args.output)
     examples = training.read_examples(args.inputs)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # torchrun's
@@ -70,16 +74,26 @@ def train(args: argparse.Namespace) -> int:
     model = opened.model.requires_grad_()
     if args.lora is not None:
         lora.add_lora(model, args.lora, seed=args.seed)
-    training.train(model, task, options, args.output / "training")
-    if int(os.environ.get("RANK", 0)) == 0:
+
+    def write() -> None:
+        weights = lora.merged_weights(model) if args.lora is not None else model.state_dict()
+        rewrite(directory, args.output, weights.__getitem__)
         if args.lora is not None:
             base = str(directory.resolve()) if os.path.isdir(args.model) or args.model in SHIPPED else args.model
             adapter = args.output / "adapter"
             lora.save_lora(model, adapter, lm_head=not embedding, base=base, revision=args.revision)
-        weights = lora.merged_weights(model) if args.lora is not None else model.state_dict()
-        rewrite(directory, args.output, weights.__getitem__)
         print(args.output)
+
+    training.train(model, task, options, args.output / "training", write=write)
     return 0
+
+
+def _check_resumable(output: Path) -> None:
+    """Raise InputError where a directory has files in it that no interrupted training explains."""
+    if output.exists() and not (output / "training" / STATE).exists():
+        found = sorted({path.name for path in output.iterdir()} - {"training"})
+        if found:
+            raise InputError(f"{output}: expected an empty directory, or an interrupted training, found {found[0]}")
 
 
 def _task(opened: Embedder | Reranker, args: argparse.Namespace, examples: Sequence[training.Example]) -> training.Task:
@@ -91,6 +105,8 @@ def _task(opened: Embedder | Reranker, args: argparse.Namespace, examples: Seque
             raise InputError(f"--{name}: expected none with a model of kind {kind}, found {given[name]}")
     options: dict[str, Any] = {"instruction": args.instruction, "max_length": args.max_length}
     if isinstance(opened, Embedder):
-        return training.embedding_task(examples, opened.tokenizer, **options, **given)
-    loss = losses.listwise if given else losses.pointwise
-    return training.reranking_task(examples, opened.tokenizer, **options, loss=loss)
+        task = training.embedding_task(examples, opened.tokenizer, **options, **given)
+    else:
+        loss = losses.listwise if given else losses.pointwise
+        task = training.reranking_task(examples, opened.tokenizer, **options, loss=loss)
+    return replace(task, identity=task.identity | {"lora": args.lora})

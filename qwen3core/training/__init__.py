@@ -6,7 +6,7 @@
     embedder = Embedder.from_pretrained(path, dtype="float32")
     train(embedder.model, embedding_task(read_examples([file]), embedder.tokenizer), Options(), "out")
 
-Reading order: data -> losses -> tasks -> cached_gradients -> loop; lora beside it.
+Reading order: data -> losses -> files -> tasks -> cached_gradients -> loop; lora beside it.
 """
 
 from . import lora, losses

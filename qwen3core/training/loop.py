@@ -1,11 +1,12 @@
 """The training loop: AdamW over cached gradients, resumed where it was interrupted."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 from ..errors import InputError, check_int, check_number
 from ..model import Qwen3Model
 from .cached_gradients import CachedGradients
-from .files import RunFiles
+from .files import RunFiles, digest, locked
 from .tasks import Task
 
 
@@ -53,14 +54,18 @@ class Options:
         check_int("seed", self.seed, 0, 2**32 - 1)
 
 
-def train(model: Qwen3Model, task: Task, options: Options, folder: str | Path) -> None:
+def train(
+    model: Qwen3Model, task: Task, options: Options, folder: str | Path, *, write: Callable[[], None] | None = None
+) -> None:
     """Train, in place, those parameters of ``model`` that require gradients; they are float32.
 
     In ``folder``: ``loss.jsonl``, a row a step; ``loss.png`` where matplotlib is; and ``state.pt`` until the end, from
-    which the same call goes on after a kill, on one machine with the same result to the bit.
+    which the same call goes on after a kill or a full disk, on one machine with the same result to the bit. write:
+    called at the end, in the first process, to put the result on disk; the state is removed once it has returned.
 
     Raises InputError before anything is written where the options leave no step or nothing to learn; also where the
-    state is of another training, or loss or gradient are no longer finite.
+    state is of another training, another process trains in the folder, or loss or gradient are no longer finite.
+    Raises OSError for what cannot be written.
     """
     parameters = _trained(model)
     steps = _steps(task.size, options)
@@ -68,11 +73,14 @@ def train(model: Qwen3Model, task: Task, options: Options, folder: str | Path) -
     gradients = CachedGradients(model, task, options.batch_tokens, bfloat16=options.bfloat16)
     first_process = gradients.rank == 0
     optimizer = torch.optim.AdamW(parameters.values(), weight_decay=options.weight_decay, fused=True)
-    identity = {"examples": task.size, "parameters": len(parameters), **asdict(options)}
-    files = RunFiles(Path(folder), identity, writes=first_process)
-    first = files.resume(parameters, optimizer)
+    files = RunFiles(Path(folder), _identity(model, task, options, gradients.world), writes=first_process)
     disable = None if first_process else True  # None: unless on a terminal
-    with deterministic(model), recomputing(model) if options.recompute else nullcontext():
+    with (
+        locked(Path(folder)) if first_process else nullcontext(),
+        deterministic(model),
+        recomputing(model) if options.recompute else nullcontext(),
+    ):
+        first = files.resume(parameters, optimizer)
         bar = tqdm(range(first, steps), initial=first, total=steps, unit="step", disable=disable)
         for step in bar:
             loss, tokens = gradients.compute(_examples(step, task.size, options))
@@ -89,9 +97,9 @@ def train(model: Qwen3Model, task: Task, options: Options, folder: str | Path) -
             optimizer.zero_grad()
             bar.set_postfix(loss=f"{loss:.4f}")
             files.log({"step": step, "loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": tokens})
-            if (step + 1) % options.save_every == 0 and step + 1 < steps:
+            if (step + 1) % options.save_every == 0 or step + 1 == steps:
                 files.save(step + 1, parameters, optimizer)
-    files.finish()
+        files.finish(write)
 
 
 def _trained(model: Qwen3Model) -> dict[str, nn.Parameter]:
@@ -111,6 +119,22 @@ def _steps(size: int, options: Options) -> int:
             f"found {steps:.3g}"
         )
     return round(steps)
+
+
+def _identity(model: Qwen3Model, task: Task, options: Options, processes: int) -> dict[str, Any]:
+    """All that decides the numbers, and nothing else: how often a state is saved may change."""
+    weights = dict(model.named_parameters())
+    named = (x for name, p in weights.items() for x in (f"{name} {list(p.shape)} {p.dtype} {p.requires_grad}", p))
+    trained = [p for p in weights.values() if p.requires_grad]
+    return {
+        **task.identity,
+        **{name: value for name, value in asdict(options).items() if name != "save_every"},
+        "trained": f"{len(trained)} tensors, {sum(p.numel() for p in trained)} numbers",
+        "model": digest([str(model.config), *named]),
+        "ops": str(model.ops),
+        "device": model.embed_tokens.weight.device.type,
+        "processes": processes,
+    }
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What a model is trained for: sequences of a batch, outputs of the model, and their loss."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from ..reference import yes_minus_no
 from ..tokenizer import Tokenizer
 from . import losses
 from .data import Example
+from .files import digest
 from .losses import Groups
 
 Batch = tuple[list[list[int]], list[tuple[int, ...]], Any]
@@ -32,6 +34,8 @@ class Task:
     """The output of each sequence: float32 [n, ...]."""
     loss: Callable[[Tensor, Any], Tensor]
     """A scalar from the outputs of a batch's sequences, in their order, and the targets that ``batch`` gave."""
+    identity: dict[str, Any]
+    """All of the task that decides the numbers, by name, as JSON values: ``train`` resumes no state that differs."""
     check: Callable[[Qwen3Model, int], None] = lambda model, batch_size: None
     """Raises InputError where nothing can be learned from the examples, for this model and batch size."""
 
@@ -87,7 +91,9 @@ def embedding_task(
                 f"batch_size {batch_size} and different queries {len(queries)}: nothing to tell a positive from"
             )
 
-    return Task(len(examples), batch, outputs, loss, check)
+    identity = _identity("embedding", examples, tokenizer, instruction, max_length)
+    identity |= {"dims": dims and list(dims), "temperature": temperature, "margin": margin}
+    return Task(len(examples), batch, outputs, loss, identity, check)
 
 
 def reranking_task(
@@ -128,11 +134,26 @@ def reranking_task(
         if not any(e.negatives for e in examples):
             raise InputError("examples: expected negatives (rejected_response), found none: yes would be right always")
 
-    return Task(len(examples), batch, outputs, loss, check)
+    identity = _identity("reranking", examples, tokenizer, instruction, max_length)
+    identity["loss"] = repr(loss)
+    return Task(len(examples), batch, outputs, loss, identity, check)
 
 
 def _instructions(examples: Sequence[Example], instruction: str) -> list[str]:
     return sorted({e.instruction or instruction for e in examples})
+
+
+def _identity(
+    name: str, examples: Sequence[Example], tokenizer: Tokenizer, instruction: str, max_length: int
+) -> dict[str, Any]:
+    rows = (json.dumps([e.query, e.positive, e.negatives, e.instruction]) for e in examples)
+    return {
+        "task": name,
+        "examples": digest(rows),
+        "tokenizer": digest([tokenizer.backend.to_str(), str(tokenizer.split_special_tokens)]),
+        "instruction": instruction,
+        "max_length": max_length,
+    }
 
 
 def _groups(query: list[int], documents: list[list[int]]) -> Groups:

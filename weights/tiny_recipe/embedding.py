@@ -14,6 +14,8 @@ from qwen3core.embedder import Embedder
 from qwen3core.prompts import DEFAULT_TASK, embedding_query
 from qwen3core.tokenizer import Tokenizer
 from qwen3core.training import Options, Task, train
+from qwen3core.training.files import digest
+from qwen3core.writing import writing
 
 from ..synthesize import Layout, small_tokenizer, synthesize
 from ..tensors import rewrite
@@ -47,8 +49,8 @@ def tiny_embedding(out: Path, wordnet: Path, options: Options) -> None:
     model.requires_grad_()
     with torch.no_grad():
         model.embed_tokens.weight[:VOCABULARY] = word_vectors
-    train(model, distillation(corpus, targets, tokenizer), options, work)
-    rewrite(start, out, model.get_parameter)
+    task = distillation(corpus, targets, tokenizer)
+    train(model, task, options, work, write=lambda: rewrite(start, out, model.get_parameter))
 
 
 def teacher_vectors(teacher: Any, corpus: Sequence[str], path: Path) -> Tensor:
@@ -58,7 +60,8 @@ def teacher_vectors(teacher: Any, corpus: Sequence[str], path: Path) -> Tensor:
     """
     if not path.exists():
         vectors = teacher.encode(corpus, batch_size=128, normalize_embeddings=True, show_progress_bar=True)
-        np.save(path, vectors)
+        with writing(path) as part:
+            np.save(part, vectors)
     vectors = torch.from_numpy(np.load(path))
     _, axes = torch.linalg.eigh(vectors.T @ vectors)
     return F.normalize(vectors @ axes.flip(1)[:, : CONFIG.hidden_size], dim=-1)
@@ -79,4 +82,6 @@ def distillation(corpus: Sequence[str], targets: Tensor, tokenizer: Tokenizer) -
         cosines = [F.cosine_similarity(outputs[:, :dim], wanted[:, :dim]).mean() for dim in DIMS]
         return 1 - torch.stack(cosines).mean()
 
-    return Task(len(corpus), batch, lambda model, packed: model.embed(packed, normalize=False), loss)
+    content = digest([*corpus, targets, tokenizer.backend.to_str()])
+    identity = {"task": "distillation", "content": content, "dims": DIMS}
+    return Task(len(corpus), batch, lambda model, packed: model.embed(packed, normalize=False), loss, identity)

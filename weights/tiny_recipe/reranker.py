@@ -14,6 +14,7 @@ from qwen3core.embedder import Embedder
 from qwen3core.reranker import Reranker
 from qwen3core.tokenizer import Tokenizer
 from qwen3core.training import Example, Options, Task, reranking_task, train
+from qwen3core.training.files import digest
 
 from ..synthesize import Layout, synthesize
 from ..tensors import rewrite
@@ -44,8 +45,8 @@ def tiny_reranker(out: Path, wordnet: Path, embedding: Path, options: Options) -
     reranker = Reranker.from_pretrained(start, dtype="float32")
     reranker.model.load_state_dict(embedder.model.state_dict())
     reranker.model.requires_grad_()
-    train(reranker.model, graded_task([*exact, *alike], reranker.tokenizer), options, work)
-    rewrite(start, out, reranker.model.get_parameter)
+    task = graded_task([*exact, *alike], reranker.tokenizer)
+    train(reranker.model, task, options, work, write=lambda: rewrite(start, out, reranker.model.get_parameter))
 
 
 @dataclass(frozen=True)
@@ -104,4 +105,5 @@ def graded_task(examples: Sequence[Graded], tokenizer: Tokenizer) -> Task:
         listwise = F.cross_entropy(rows, (right / 0.1).softmax(1))
         return listwise + F.binary_cross_entropy_with_logits(rows, right)
 
-    return replace(task, batch=batch, loss=loss)
+    identity = task.identity | {"loss": "graded", "grades": digest([grades])}
+    return replace(task, batch=batch, loss=loss, identity=identity)
