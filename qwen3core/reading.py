@@ -60,7 +60,8 @@ def read_rows(source: str | Path) -> Iterator[tuple[Any, str]]:
     """(row, where): JSON values of a .jsonl file, lines of a .txt file or of standard input. Raises InputError."""
     ending = Path(source).suffix.lower()
     if source != "-" and ending not in ENDINGS:
-        raise InputError(f"{source}: expected a file ending in {' or '.join(ENDINGS)}, found {ending or 'no ending'}")
+        found = "a directory" if Path(source).is_dir() else ending or "no ending"
+        raise InputError(f"{source}: expected a file ending in {' or '.join(ENDINGS)}, found {found}")
     return read_jsonl(source) if ending == ".jsonl" else read_lines(source)
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 def writing(target: str | Path) -> Iterator[Path]:
     """A path for a new file, which takes the place of ``target`` once it is on disk; after an exception it is gone.
 
-    A link at ``target`` stays one. Raises OSError, also where safetensors says that the disk is full.
+    A link at ``target`` stays one. Raises OSError.
     """
     target = Path(os.path.realpath(target))
     with writing_into(target.parent, f".{target.name}.part") as part:
@@ -24,7 +24,8 @@ def writing(target: str | Path) -> Iterator[Path]:
 def writing_into(directory: Path, name: str = ".part") -> Iterator[Path]:
     """A folder for new files, which move to the same places in ``directory`` once all are on disk, or are gone.
 
-    name: of that folder, inside ``directory``; one that a killed process left is removed.
+    name: of that folder, inside ``directory``; one that a killed process left is removed. Raises OSError, which names
+    the directory where the error of a full disk does not say a file.
     """
     part = directory / name
     shutil.rmtree(part, ignore_errors=True)
@@ -40,7 +41,9 @@ def writing_into(directory: Path, name: str = ".part") -> Iterator[Path]:
             place = directory / path.relative_to(part)
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, place)
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "filename", None):
+            raise
         raise OSError(f"{directory}: expected to write files there, found {error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -310,7 +310,7 @@ def test_a_state_that_the_disk_does_not_take(small, stopped, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
     try:
-        with pytest.raises(OSError, match=r"state\.pt: expected to write a state, found .*File too large"):
+        with pytest.raises(OSError, match=r"run: expected to write files there, found .*File too large"):
             train(embedder.model, task_of(embedder), OPTIONS, folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -60,7 +60,7 @@ def test_a_full_disk_is_said_and_keeps_the_old_file(embedding_dir, tmp_path, cap
         status = main(["embed", str(embedding_dir), "a tree", "a fish", "-o", str(out)])
     said = capsys.readouterr().err
     assert status == 2
-    assert said.startswith("qwen3core: ")
+    assert said.startswith(f"qwen3core: {tmp_path}: expected to write files there, found ")
     assert said.count("\n") == 1
     assert out.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [out]

@@ -229,4 +229,4 @@ def _write_tokenizer(directory: Path, layout: Layout, tok: tokenizers.Tokenizer)
         tok.save(str(directory / "tokenizer.json"))
         tok.model.save(str(directory))  # vocab.json, merges.txt
     except Exception as error:  # the library raises bare Exception
-        raise OSError(f"{directory}: {error}") from error
+        raise OSError(str(error)) from error

@@ -108,9 +108,7 @@ class RunFiles:
                 with part.open("wb") as file:
                     torch.save(state, file)
             except RuntimeError as error:  # torch's own, about what the error of the disk has left
-                raise OSError(
-                    f"{self.folder / STATE}: expected to write a state, found {error.__context__ or error}"
-                ) from error
+                raise OSError(str(error.__context__ or error)) from error
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a step's row to ``loss.jsonl``, the first one to an empty file."""
