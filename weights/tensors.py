@@ -151,7 +151,7 @@ def rewrite(source: str | Path, directory: str | Path, tensor: Callable[[str], T
     """
     source, directory = Path(source), Path(directory)
     check_apart(source, directory)
-    tensors, others = Tensors(source), _beside_weights(source)
+    tensors, others = Tensors(source), beside_weights(source)
     with writing_into(directory) as part:
         for file, keys in tensors.files().items():
             shard = {key: tensor(name).to(tensors[name].dtype).contiguous() for name, key in keys.items()}
@@ -162,9 +162,14 @@ def rewrite(source: str | Path, directory: str | Path, tensor: Callable[[str], T
                     )
             save_file(shard, part / file.name, metadata={"format": "pt"})
         for path in others:
-            copy = part / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
+            copy_within(source, path, part)
+
+
+def copy_within(source: Path, path: Path, directory: Path) -> None:
+    """Copy a file of ``source`` to the same place in ``directory``."""
+    copy = directory / path.relative_to(source)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, copy)
 
 
 def check_apart(source: Path, directory: Path) -> None:
@@ -175,7 +180,7 @@ def check_apart(source: Path, directory: Path) -> None:
         raise InputError(f"{directory}: expected a directory other than the source's, found {found}")
 
 
-def _beside_weights(source: Path) -> list[Path]:
+def beside_weights(source: Path) -> list[Path]:
     """The other files of a checkpoint: at its top, in folders that modules.json names, and of chat templates.
 
     Whatever else is in its directory, such as earlier outputs, is none of it. Raises CheckpointError.

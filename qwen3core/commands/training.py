@@ -81,7 +81,7 @@ def train(args: argparse.Namespace) -> int:
         if args.lora is not None:
             base = str(directory.resolve()) if os.path.isdir(args.model) or args.model in SHIPPED else args.model
             adapter = args.output / "adapter"
-            lora.save_lora(model, adapter, lm_head=not embedding, base=base, revision=args.revision)
+            lora.save_lora(model, adapter, lm_head=not embedding, source=directory, base=base, revision=args.revision)
         print(args.output)
 
     training.train(model, task, options, args.output / "training", write=write)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..errors import InputError, check_int
 from ..model import Qwen3Model
+from ..weights.tensors import INDEX, beside_weights, copy_within
 from ..writing import writing_into
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -29,13 +30,13 @@ def add_lora(model: Qwen3Model, rank: int, *, seed: int = 0) -> None:
 
 
 def save_lora(
-    model: Qwen3Model, folder: Path, *, lm_head: bool, base: str | None = None, revision: str | None = None
+    model: Qwen3Model, folder: Path, *, lm_head: bool, source: Path, base: str, revision: str | None = None
 ) -> None:
-    """Write the adapters in peft's format, whole or not at all.
+    """Write the adapters in peft's format, whole or not at all, with the tokenizer and modules of their checkpoint.
 
-    lm_head: for transformers' model that has one, not for the bare decoder. base: absolute path or hub id (and its
-    revision) of the checkpoint that they belong to; peft's ``AutoPeftModelForCausalLM`` or
-    ``AutoPeftModelForFeatureExtraction`` opens it. Raises OSError.
+    lm_head: for transformers' model that has one, not for the bare decoder. source: the checkpoint's directory; base:
+    its hub id (and revision) or absolute path, by which peft's ``AutoPeftModelForCausalLM`` and
+    ``AutoPeftModelForFeatureExtraction``, and sentence-transformers, find it. Raises OSError.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -46,6 +47,9 @@ def save_lora(
     config.task_type = "CAUSAL_LM" if lm_head else "FEATURE_EXTRACTION"
     config.base_model_name_or_path, config.revision = base, revision
     with writing_into(folder) as part:
+        for path in beside_weights(source):
+            if path.name not in ("config.json", INDEX, "README.md") or path.parent != source:  # those of the base alone
+                copy_within(source, path, part)
         save_file({prefix + name: x.contiguous() for name, x in adapters.items()}, part / "adapter_model.safetensors")
         config.save_pretrained(part)
 
