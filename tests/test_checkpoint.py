@@ -690,7 +690,17 @@ def test_rewrite_copies_what_a_checkpoint_is(embedding_dir, tmp_path):
     for name in ("3_Dense/model.safetensors", "additional_chat_templates/rag.jinja", "LICENSE"):
         expected.add(name)
     junk = ["training/state.pt", "adapter/adapter_model.safetensors", "mine/model.safetensors", "mine/config.json"]
-    junk += ["onnx/model.onnx", "pytorch_model.bin", "other.safetensors.part", ".gitattributes", ".cache/x", "a.gguf"]
+    junk += [
+        "vectors.npy",
+        "texts.csv",
+        "loss.png",
+        "onnx/model.onnx",
+        "pytorch_model.bin",
+        "other.safetensors.part",
+        ".gitattributes",
+        ".cache/x",
+        "a.gguf",
+    ]
     for name in [*junk, *expected]:
         (source / name).parent.mkdir(exist_ok=True)
         if not (source / name).exists():

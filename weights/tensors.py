@@ -181,7 +181,7 @@ def check_apart(source: Path, directory: Path) -> None:
 
 
 def beside_weights(source: Path) -> list[Path]:
-    """The other files of a checkpoint: at its top, in folders that modules.json names, and of chat templates.
+    """The other files of a checkpoint: by ending at its top, in folders that modules.json names, of chat templates.
 
     Whatever else is in its directory, such as earlier outputs, is none of it. Raises CheckpointError.
     """
@@ -194,7 +194,6 @@ def beside_weights(source: Path) -> list[Path]:
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{listed}: expected modules with paths, found something else ({error})") from error
     folders = named - {"."} | {"additional_chat_templates"}  # of transformers
-    weights = {".safetensors", ".part", *OTHER_FORMATS}
-    top = [path for path in source.iterdir() if path.suffix not in weights and not path.name.startswith(".")]
+    top = [path for ending in ("*.json", "*.jinja", "*.md", "merges.txt", "LICENSE*") for path in source.glob(ending)]
     inside = [path for folder in sorted(folders) for path in (source / folder).rglob("*")]
     return [path for path in [*top, *inside] if path.is_file()]
