@@ -1,5 +1,6 @@
 """The fast set in stock PyTorch: the reference's formulas with fewer passes over memory, which decide on a CPU."""
 
+from bisect import bisect_left, bisect_right
 from itertools import groupby
 
 import torch
@@ -11,8 +12,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from . import reference
 from .reference import declare
 
-ONEDNN_ROWS = 512
-"""Rows up to which oneDNN's float32 product is faster on a CPU: 1.7 times at 16, 1.3 at 128 (bench/README.md)."""
+ONEDNN_SIZES = (*range(1, 9), *range(10, 24, 2), *range(24, 48, 4), *range(48, 96, 8), 96, 112, 128)
+"""Rows of one product of oneDNN, which holds on to 0.6 MB of code for each number of rows and each shape of weight: few
+enough for memory, close enough that filling up with zeros takes little time. Up to the last its float32 product is
+faster on a CPU: 1.7 times at 16 rows, 1.3 at 128 (bench/README.md)."""
+
+PACKED_SIZES = (*ONEDNN_SIZES, 256, 512, 1024)
+"""The same of weights in oneDNN's own layout, of which any number of rows is multiplied, in parts of these sizes."""
 
 LONG_KEYS = 512
 """Keys from which a copy that puts those of a head side by side pays on a CPU: 1.15 times as fast at 512 to 4096 keys,
@@ -25,22 +31,22 @@ PACKED = WeakTensorKeyDictionary()
 @declare(row_wise=True)
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``reference.linear`` through oneDNN where that is faster."""
-    if _may_overwrite(x) and len(x) <= ONEDNN_ROWS and mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(x, weight.to(x.dtype), None, "none", [], "")
+    if _may_overwrite(x) and x.dim() == 2 and len(x) <= ONEDNN_SIZES[-1] and mkldnn.is_available():
+        return _onednn(x, weight.to(x.dtype))
     return reference.linear(x, weight)
 
 
 @declare(row_wise=True)
 def prepacked_linear(x: Tensor, weight: Tensor) -> Tensor:
     """``linear`` on a copy of the weight in oneDNN's own layout, made at its first use and when it has changed."""
-    if not _onednn_packs(x) or torch.is_grad_enabled() or weight.is_inference():
+    if x.dim() != 2 or not _onednn_packs(x) or torch.is_grad_enabled() or weight.is_inference():
         return linear(x, weight)
     now = (weight._version, x.dtype)
     made, packed = PACKED.get(weight, (None, None))
     if made != now:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(x.dtype))
         PACKED[weight] = now, packed
-    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return _onednn(x, packed)
 
 
 @declare(row_wise=True)
@@ -86,6 +92,25 @@ def attention(
         z = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal, enable_gqa=True)
         out.append(z.transpose(1, 2).flatten(0, 1))
     return out[0] if len(out) == 1 else torch.cat(out)  # torch.cat would copy a single one
+
+
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    """oneDNN's product of rows x [T, in] and a weight, packed or not: [T, out]. No row depends on what is filled in."""
+    if len(x) in PACKED_SIZES:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    if len(x) > ONEDNN_SIZES[-1]:
+        return torch.cat([_onednn(rows, weight) for rows in x.split(_parts(len(x)))])
+    filling = ONEDNN_SIZES[bisect_left(ONEDNN_SIZES, len(x))] - len(x)
+    return _onednn(torch.cat((x, x.new_zeros(filling, x.shape[1]))), weight)[: len(x)]
+
+
+def _parts(rows: int) -> list[int]:
+    """Numbers that add up to ``rows``: the largest of ``PACKED_SIZES``, and last one that is to be filled up."""
+    parts = []
+    while rows > ONEDNN_SIZES[-1]:
+        parts.append(PACKED_SIZES[bisect_right(PACKED_SIZES, rows) - 1])
+        rows -= parts[-1]
+    return [*parts, rows] if rows else parts
 
 
 def _onednn_packs(x: Tensor) -> bool:

@@ -1,0 +1,89 @@
+"""What stays in a process: oneDNN's code for numbers of rows."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from tolerances import REORDERED_FP32
+from torch.backends import mkldnn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qwen3core import ops_torch
+
+needs_onednn = pytest.mark.skipif(not mkldnn.is_available(), reason="torch without oneDNN")
+
+
+class Rows(TorchDispatchMode):
+    """Records the numbers of rows that oneDNN meets."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.mkldnn._linear_pointwise.default:
+            self.seen.add(len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+@needs_onednn
+@pytest.mark.parametrize("op", ["linear", "prepacked_linear"])
+def test_onednn_meets_few_numbers_of_rows(op):
+    torch.manual_seed(0)
+    x, weight = torch.randn(1100, 32), torch.nn.Parameter(torch.randn(16, 32))
+    with torch.no_grad():
+        expected = x.double() @ weight.double().T
+        with Rows() as rows:
+            results = [getattr(ops_torch, op)(x[:n], weight) for n in range(1101)]
+    for n, result in enumerate(results):
+        assert result.shape == (n, 16)
+        assert (result - expected[:n]).norm() <= REORDERED_FP32 * expected[:n].norm()
+    sizes = ops_torch.ONEDNN_SIZES if op == "linear" else ops_torch.PACKED_SIZES
+    assert rows.seen == set(sizes)
+
+
+@needs_onednn
+@pytest.mark.parametrize("op", ["linear", "prepacked_linear"])
+def test_onednn_takes_rows_of_any_shape(op):
+    x, weight = torch.randn(9, 5, 32), torch.nn.Parameter(torch.randn(16, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(getattr(ops_torch, op)(x, weight), x @ weight.T)
+
+
+GROWTH = """
+import random, sys
+from pathlib import Path
+import torch
+from qwen3core import Embedder
+
+torch.set_num_threads(1)
+def mebibytes():
+    return int(next(x for x in Path("/proc/self/status").open() if x.startswith("VmRSS")).split()[1]) / 1024
+embedder = Embedder.from_pretrained("tiny-embedding", device="cpu", dtype="float32", ops=sys.argv[1])
+for words in (300, 200, 100, 50, 20):
+    embedder.encode("word " * words)
+before = mebibytes()
+for words in random.Random(0).sample(range(1, 301), 150):
+    embedder.encode("word " * words)
+print(mebibytes() - before)
+"""
+
+
+@needs_onednn
+@pytest.mark.slow
+def test_memory_does_not_grow_with_each_length():
+    """Before, 335 MB; a size of ``ONEDNN_SIZES`` takes 2 MB with this model, and they are few."""
+    ops = ("reference", "torch", "prepacked")
+    grown = {name: float(run(GROWTH, name)) for name in ops}
+    assert max(grown.values()) < grown["reference"] + 75, grown
+
+
+def run(program, *args):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", program, *args], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
