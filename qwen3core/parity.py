@@ -9,6 +9,7 @@ nothing else here does.
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,7 +161,8 @@ def _row(point: str, dtype: torch.dtype, int8: bool, theirs: Tensor, ours: Tenso
     else:
         ratio = LOW_PRECISION_RATIO * (1 + 2 / a.numel() ** 0.5)
         ok = row.error_ours <= ratio * row.error_transformers
-    return Row(**{**vars(row), "ok": ok})
+    finite = all(map(math.isfinite, (row.max_abs, row.error_transformers, row.error_ours)))
+    return Row(**{**vars(row), "ok": ok and finite})
 
 
 def _ours(

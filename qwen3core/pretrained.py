@@ -1,10 +1,11 @@
 """What the two jobs share: an open checkpoint (model and tokenizer), and the run of many texts in batches."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -140,10 +141,16 @@ class Pretrained:
 
         prefixes: for each text, ids that its sequence may begin with; what all sequences of one prefix begin with is
         computed once.
+
+        Raises InputError for texts or options, and where a result is not finite, naming the text and the point.
         """
         if batch_tokens is not None:
             check_int("batch_tokens", batch_tokens, 1)
         check_texts(texts)
+        # After the layers, a sigmoid would make 0 or 1 of inf.
+        for name, x in {"model.norm.weight": self.model.norm.weight, **options}.items():
+            if isinstance(x, Tensor) and not is_finite(x):
+                raise InputError(f"{name}: expected finite numbers, found inf or nan")
         first_equal = self._deduplicate(texts)
         distinct = list(dict.fromkeys(first_equal))
         out = torch.empty(len(texts), *shape, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
@@ -152,7 +159,40 @@ class Pretrained:
             for batch in self._batches(texts, prefixes, distinct, batch_tokens):
                 out[batch.indices] = self.compute(batch, **options)
                 bar.update(len(batch.indices))
-        return out if len(distinct) == len(texts) else out[first_equal]
+        out = out if len(distinct) == len(texts) else out[first_equal]
+        if not is_finite(out):
+            self._raise_not_finite(texts, out, **options)
+        return out
+
+    def _raise_not_finite(self, texts: Sequence[str], out: Tensor, **options: Any) -> NoReturn:
+        """Raise InputError for the first row of ``out`` that is not finite, whose text is computed again, alone."""
+        index = int((~out.isfinite()).reshape(len(out), -1).any(1).nonzero()[0])
+        batch = pack(self.to_sequences([texts[index]]), device=self.device, indices=[index])
+        points: list[str] = []
+
+        def look(name: str, x: Tensor, of: PackedBatch) -> Tensor:
+            if of is batch and not points and not is_finite(x):  # not capture: it would hold every point at once
+                points.append(name)
+            return x
+
+        self.model.hooks.append(look)
+        try:
+            with torch.no_grad():
+                again = self.compute(batch, **options)
+        finally:
+            self.model.hooks.remove(look)
+        if points:
+            where = f"first in {points[0]}"
+        elif is_finite(again):
+            where = "but none when it is computed alone: they come from its batch, or from chance"
+        else:
+            where = "first after the layers"
+        dtype = str(self.dtype).removeprefix("torch.")
+        limit = f", whose largest number is {torch.finfo(self.dtype).max:.0f}" if self.dtype == torch.float16 else ""
+        raise InputError(
+            f"input {index} (it ends in {texts[index][-40:]!r}): expected a result of finite numbers, "
+            f"found inf or nan, {where} ({dtype}{limit})"
+        )
 
     def _deduplicate(self, texts: Sequence[str]) -> list[int]:
         """For each text the index of the first one equal to it; its own, where no shortcut may be taken."""
@@ -200,6 +240,11 @@ class Pretrained:
                 prefixes=[shared[i] for i in group],
                 prefix_kv=cached,
             )
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether x holds neither inf nor nan; a sum of finite numbers, which says so sooner, may itself be too large."""
+    return math.isfinite(x.sum().item()) or bool(x.isfinite().all())
 
 
 def stream(
