@@ -1,4 +1,4 @@
-"""What stays in a process: oneDNN's code for numbers of rows."""
+"""What stays in a process: oneDNN's code for numbers of rows, and the threads that a forked process has not."""
 
 import os
 import subprocess
@@ -78,6 +78,43 @@ def test_memory_does_not_grow_with_each_length():
     ops = ("reference", "torch", "prepacked")
     grown = {name: float(run(GROWTH, name)) for name in ops}
     assert max(grown.values()) < grown["reference"] + 75, grown
+
+
+FORK = """
+import multiprocessing, signal, sys, warnings
+import numpy, torch
+from qwen3core import Embedder
+
+def child(queue):
+    signal.alarm(60)  # where it hangs, it shall not stay
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        vectors = [embedder.encode(texts) for _ in range(2)]
+    queue.put((vectors[1], torch.get_num_threads(), [str(w.message) for w in caught if "forked" in str(w.message)]))
+
+torch.set_num_threads(2)
+texts = ["a violin " * 20, "rain fell " * 30, "gravity"]
+before, dtype = sys.argv[1:]
+embedder = Embedder.from_pretrained("tiny-embedding", device="cpu", dtype=dtype)
+if before == "encode":
+    expected = embedder.encode(texts)
+context = multiprocessing.get_context("fork")
+queue = context.SimpleQueue()
+process = context.Process(target=child, args=(queue,), daemon=True)
+process.start()
+vectors, threads, caught = queue.get()
+assert numpy.abs(vectors - embedder.encode(texts)).max() < 1e-6
+print(threads, len(caught), all('get_context("spawn")' in text for text in caught))
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "dtype", "expected"),
+    [("encode", "float32", "1 1 True"), ("load", "float32", "1 1 True"), ("load", "bfloat16", "2 0 True")],
+)
+def test_a_forked_process_computes(before, dtype, expected):
+    """With the parent's threads it would hang, which the time limit shows; where the parent had none, it has them."""
+    assert run(FORK, before, dtype).strip() == expected
 
 
 def run(program, *args):
