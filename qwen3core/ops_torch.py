@@ -12,13 +12,21 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from . import reference
 from .reference import declare
 
-ONEDNN_SIZES = (*range(1, 9), *range(10, 24, 2), *range(24, 48, 4), *range(48, 96, 8), 96, 112, 128)
-"""Rows of one product of oneDNN, which holds on to 0.6 MB of code for each number of rows and each shape of weight: few
-enough for memory, close enough that filling up with zeros takes little time. Up to the last its float32 product is
-faster on a CPU: 1.7 times at 16 rows, 1.3 at 128 (bench/README.md)."""
+ONEDNN_ROWS = 512
+"""Rows up to which oneDNN's float32 product is faster on a CPU: 1.7 times at 16, 1.3 at 128 (bench/README.md)."""
+
+FIRST_NUMBERS = 10
+"""oneDNN holds on to 0.6 MB of code for each number of rows and shape of weight that it meets. So the first numbers
+of rows are multiplied as they are, which are all where few lengths recur, and later ones are filled up."""
+
+MET: set[int] = set()
+"""Those first numbers."""
+
+ONEDNN_SIZES = (1, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128)
+"""Numbers of rows that later ones are filled up to, with zeros; of float32, what is more is MKL's."""
 
 PACKED_SIZES = (*ONEDNN_SIZES, 256, 512, 1024)
-"""The same of weights in oneDNN's own layout, of which any number of rows is multiplied, in parts of these sizes."""
+"""The same of weights in oneDNN's own layout, which multiply more rows in parts of these sizes."""
 
 LONG_KEYS = 512
 """Keys from which a copy that puts those of a head side by side pays on a CPU: 1.15 times as fast at 512 to 4096 keys,
@@ -31,7 +39,8 @@ PACKED = WeakTensorKeyDictionary()
 @declare(row_wise=True)
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``reference.linear`` through oneDNN where that is faster."""
-    if _may_overwrite(x) and x.dim() == 2 and len(x) <= ONEDNN_SIZES[-1] and mkldnn.is_available():
+    fast = _may_overwrite(x) and x.dim() == 2 and mkldnn.is_available()
+    if fast and len(x) <= ONEDNN_ROWS and (len(x) <= ONEDNN_SIZES[-1] or _as_it_is(len(x))):
         return _onednn(x, weight.to(x.dtype))
     return reference.linear(x, weight)
 
@@ -96,21 +105,30 @@ def attention(
 
 def _onednn(x: Tensor, weight: Tensor) -> Tensor:
     """oneDNN's product of rows x [T, in] and a weight, packed or not: [T, out]. No row depends on what is filled in."""
-    if len(x) in PACKED_SIZES:
+    if _as_it_is(len(x)):
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    if len(x) > ONEDNN_SIZES[-1]:
-        return torch.cat([_onednn(rows, weight) for rows in x.split(_parts(len(x)))])
-    filling = ONEDNN_SIZES[bisect_left(ONEDNN_SIZES, len(x))] - len(x)
-    return _onednn(torch.cat((x, x.new_zeros(filling, x.shape[1]))), weight)[: len(x)]
+    sizes = _sizes(len(x))
+    *parts, last = x.split([*sizes[:-1], len(x) - sum(sizes[:-1])])
+    filled = torch.cat((last, last.new_zeros(sizes[-1] - len(last), x.shape[1])))
+    products = [_onednn(part, weight) for part in (*parts, filled)]
+    return (products[0] if len(sizes) == 1 else torch.cat(products))[: len(x)]
 
 
-def _parts(rows: int) -> list[int]:
-    """Numbers that add up to ``rows``: the largest of ``PACKED_SIZES``, and last one that is to be filled up."""
-    parts = []
-    while rows > ONEDNN_SIZES[-1]:
-        parts.append(PACKED_SIZES[bisect_right(PACKED_SIZES, rows) - 1])
-        rows -= parts[-1]
-    return [*parts, rows] if rows else parts
+def _as_it_is(rows: int) -> bool:
+    """Whether this number of rows is multiplied as it is: one of the sizes, or of the first numbers."""
+    if rows in MET or rows in PACKED_SIZES:
+        return True
+    if rows <= ONEDNN_ROWS and len(MET) < FIRST_NUMBERS:
+        MET.add(rows)
+    return rows in MET
+
+
+def _sizes(rows: int) -> list[int]:
+    """Numbers of ``PACKED_SIZES`` that add up to ``rows``, or a few more."""
+    if rows <= ONEDNN_SIZES[-1]:
+        return [ONEDNN_SIZES[bisect_left(ONEDNN_SIZES, rows)]]
+    size = PACKED_SIZES[bisect_right(PACKED_SIZES, rows) - 1]
+    return [size, *(_sizes(rows - size) if rows > size else [])]
 
 
 def _onednn_packs(x: Tensor) -> bool:

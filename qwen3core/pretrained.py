@@ -1,7 +1,6 @@
 """What the two jobs share: an open checkpoint (model and tokenizer), and the run of many texts in batches."""
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -13,7 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .batch import PackedBatch, Prefix, pack
-from .errors import InputError, check_int, check_texts, warn
+from .errors import InputError, check_int, check_texts
+from .forks import use_threads
 from .model import Qwen3Model
 from .ops import Ops
 from .planning import plan, shared_prefixes
@@ -31,34 +31,6 @@ TEXTS_PER_BLOCK = 1024
 Self = TypeVar("Self", bound="Pretrained")
 A = TypeVar("A")
 B = TypeVar("B")
-
-
-class Forks:
-    """What a forked process must know: it has none of OpenMP's threads, and would wait for them for ever."""
-
-    computed = False
-    """Whether this process, or the one that it was forked from, has used several threads."""
-    warning = ""
-    """What its next call is to warn of."""
-
-    def compute(self) -> None:
-        self.computed = True
-        if self.warning:
-            warning, self.warning = self.warning, ""
-            warn(warning)
-
-    def after_in_child(self) -> None:
-        threads = torch.get_num_threads()
-        if self.computed and threads > 1:
-            torch.set_num_threads(1)
-            self.warning = (
-                f"forked from a process that has computed: 1 thread in place of {threads}, since the others are not "
-                'here; start processes by multiprocessing.get_context("spawn"), or fork before a model is opened'
-            )
-
-
-FORKS = Forks()
-os.register_at_fork(after_in_child=FORKS.after_in_child)
 
 
 class Pretrained:
@@ -83,8 +55,8 @@ class Pretrained:
         self.tokenizer = tokenizer
         self.max_length = min(max_length, limit)
         self.prefix_cache = PrefixCache(prefix_cache_tokens)
-        # Weights that are not pages of a file were converted, by threads.
-        FORKS.computed |= any(weight.untyped_storage().resizable() for weight in model.parameters())
+        if any(weight.untyped_storage().resizable() for weight in model.parameters()):
+            use_threads()  # weights that are not pages of a file were converted, by threads
 
     @classmethod
     def from_pretrained(
@@ -175,7 +147,7 @@ class Pretrained:
 
         Raises InputError for texts or options, and where a result is not finite, naming the text and the point.
         """
-        FORKS.compute()
+        use_threads()
         if batch_tokens is not None:
             check_int("batch_tokens", batch_tokens, 1)
         check_texts(texts)

@@ -30,18 +30,21 @@ class Rows(TorchDispatchMode):
 
 @needs_onednn
 @pytest.mark.parametrize("op", ["linear", "prepacked_linear"])
-def test_onednn_meets_few_numbers_of_rows(op):
+def test_onednn_meets_few_numbers_of_rows(op, monkeypatch):
+    monkeypatch.setattr(ops_torch, "MET", set())
     torch.manual_seed(0)
     x, weight = torch.randn(1100, 32), torch.nn.Parameter(torch.randn(16, 32))
     with torch.no_grad():
         expected = x.double() @ weight.double().T
         with Rows() as rows:
-            results = [getattr(ops_torch, op)(x[:n], weight) for n in range(1101)]
-    for n, result in enumerate(results):
+            results = {n: getattr(ops_torch, op)(x[:n], weight) for n in (500, *range(1101), 500)}
+    for n, result in results.items():
         assert result.shape == (n, 16)
         assert (result - expected[:n]).norm() <= REORDERED_FP32 * expected[:n].norm()
-    sizes = ops_torch.ONEDNN_SIZES if op == "linear" else ops_torch.PACKED_SIZES
-    assert rows.seen == set(sizes)
+    sizes = [n for n in ops_torch.PACKED_SIZES if op != "linear" or n <= ops_torch.ONEDNN_ROWS]
+    assert len(ops_torch.MET) == ops_torch.FIRST_NUMBERS
+    assert 500 in ops_torch.MET
+    assert rows.seen == {*sizes, *ops_torch.MET}
 
 
 @needs_onednn
