@@ -547,7 +547,7 @@ def test_whole_model(kind, counts, device, request):
 def test_parity_command(kind, device, request, capsys):
     pytest.importorskip("transformers")
     directory = request.getfixturevalue(f"{kind}_dir")
-    texts = ["Gravity attracts.", "Paris"] if kind == "embedding" else ["<Query>: a\n<Document>: b", "x"]
+    texts = ["Gravity attracts.", "Paris shines"] if kind == "embedding" else ["<Query>: a\n<Document>: b", "x y"]
     options = ["--ops", "triton", "--dtype", "float32", "--inputs", *texts]
     assert main(["parity", str(directory), *options]) == 0
     out = capsys.readouterr().out
