@@ -95,8 +95,24 @@ def test_rerank_pairs(reranker_dir, tmp_path):
 
 def test_parity_exit_code(embedding_dir, capsys, monkeypatch):
     pytest.importorskip("transformers")
-    assert main(["parity", str(embedding_dir), "--dtype", "float32", "--ops", "reference", "--inputs", "one text"]) == 0
-    assert "1 texts" in capsys.readouterr().out
+    assert (
+        main(
+            [
+                "parity",
+                str(embedding_dir),
+                "--dtype",
+                "float32",
+                "--ops",
+                "reference",
+                "--inputs",
+                "one text",
+                "--text",
+                "x",
+            ]
+        )
+        == 0
+    )
+    assert "2 texts" in capsys.readouterr().out
     parity_fails(embedding_dir, "float32", capsys, monkeypatch)
 
 

@@ -20,11 +20,12 @@ from ..writing import writing
 FORMATS = (".jsonl", ".npy", ".safetensors")
 
 
-def add_inputs(parser: argparse.ArgumentParser, what: str) -> None:
+def add_inputs(parser: argparse.ArgumentParser, what: str, name: str = "inputs") -> None:
     """Add the arguments of ``read_inputs``."""
     parser.add_argument(
-        "inputs",
+        name,
         nargs="*",
+        default=[],
         metavar="INPUT",
         help=f"{what}: a {' or '.join(ENDINGS)} file, - (standard input), or a text of several words",
     )
