@@ -16,7 +16,7 @@ from typing import Any
 from .errors import InputError, check_unicode
 
 ENDINGS = (".jsonl", ".txt")
-"""Of the files that ``read_rows`` reads, in any case."""
+"""Endings of the files that ``read_rows`` reads, in any case."""
 
 
 def read_lines(source: str | Path) -> Iterator[tuple[str, str]]:

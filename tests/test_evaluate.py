@@ -232,7 +232,7 @@ def test_the_same_row_twice(beir):
 @settings(derandomize=True, deadline=None)
 @given(st.data())
 def test_search_is_the_full_ranking(data):
-    """Of integers, so that scores are exact: the best of all but the query's own id, whatever the cut."""
+    """Vectors of integers, so that scores are exact: the best of all but the query's own id, whatever the cut."""
     dimension = st.lists(st.integers(-3, 3), min_size=3, max_size=3)
     ids = data.draw(st.lists(st.sampled_from(IDS), unique=True, min_size=1))
     vectors = {key: data.draw(dimension) for key in [*ids, "d0", "q1"]}
