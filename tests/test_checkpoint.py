@@ -15,6 +15,7 @@ import pytest
 import torch
 from checkpoint_files import SHARD_1, SHARD_2, clear, edit_header, edit_json, edit_tensors, join, relayout, split, tiny
 from huggingface_hub import constants
+from limits import umask
 from safetensors.torch import load as parse
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
@@ -707,11 +708,8 @@ def test_rewrite_copies_what_a_checkpoint_is(embedding_dir, tmp_path):
             (source / name).write_text(name)
     (source / SINGLE).chmod(0o600)
     stored = Tensors(source)
-    before = os.umask(0o027)
-    try:
+    with umask(0o027):
         rewrite(source, out, lambda name: 2 * stored[name])
-    finally:
-        os.umask(before)
     files = {str(p.relative_to(out)): p for p in out.rglob("*") if p.is_file()}
     assert set(files) == expected
     assert {p.stat().st_mode & 0o777 for p in files.values()} == {0o640}

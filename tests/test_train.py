@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import tolerances
 import torch
+from limits import full_disk, umask
 from torch.nn import functional as F
 
 from qwen3core import Embedder, InputError, Reranker, capture, reference
@@ -307,13 +307,9 @@ def test_a_state_that_the_disk_does_not_take(small, stopped, tmp_path):
     """Said in a sentence; the state before stays."""
     folder = shutil.copytree(stopped, tmp_path / "run")
     embedder = opened(Embedder, small[Embedder])
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
-    try:
-        with pytest.raises(OSError, match=r"run: expected to write files there, found .*File too large"):
-            train(embedder.model, task_of(embedder), OPTIONS, folder)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = r"run: expected to write files there, found .*File too large"
+    with full_disk(1_000_000), pytest.raises(OSError, match=said):
+        train(embedder.model, task_of(embedder), OPTIONS, folder)
     assert (folder / "state.pt").read_bytes() == (stopped / "state.pt").read_bytes()
     assert {path.name for path in folder.iterdir()} == {"state.pt", "loss.jsonl"}
 
@@ -439,13 +435,8 @@ def same_as_peft(kind, directory, out):
             for path in (out, directory)
         )
         assert (ours - theirs).norm() < 0.2 * (theirs - plain).norm()
-    assert {path.stat().st_mode & 0o777 for path in (out / "adapter").rglob("*.*")} == {0o666 & ~umask()}
-
-
-def umask():
-    now = os.umask(0o022)
-    os.umask(now)
-    return now
+    with umask(0o022) as mask:
+        assert {path.stat().st_mode & 0o777 for path in (out / "adapter").rglob("*.*")} == {0o666 & ~mask}
 
 
 @pytest.mark.slow

@@ -1,42 +1,21 @@
 """The one writer: whole or not at all, readable as the umask says."""
 
 import os
-import resource
 import signal
 import stat
 import subprocess
 import sys
-from contextlib import contextmanager
 
 import pytest
 import torch
 from conftest import ROOT
+from limits import full_disk, umask
 from safetensors.torch import save_file
 
 from qwen3core.commands import main
 from qwen3core.commands.files import FORMATS
 from qwen3core.weights.synthesize import synthesize
 from qwen3core.writing import writing, writing_into
-
-
-@contextmanager
-def umask(value):
-    before = os.umask(value)
-    try:
-        yield
-    finally:
-        os.umask(before)
-
-
-@contextmanager
-def full_disk(size):
-    """No file may be longer than ``size`` bytes: the write fails in the middle of a file, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def modes(folder):
