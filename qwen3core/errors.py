@@ -67,10 +67,9 @@ def check_text(name: str, value: object) -> None:
         raise InputError(f"{name}: expected text (str), found {type(value).__name__}")
 
 
-def check_unicode(name: str, text: object) -> None:
+def check_unicode(name: str, text: str) -> None:
     """Raise InputError unless ``text`` is a str of Unicode text, which a lone surrogate is not."""
     check_text(name, text)
-    assert isinstance(text, str)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -33,8 +33,9 @@ def writing_into(directory: Path, name: str = ".part") -> Iterator[Path]:
     try:
         yield part
         files = sorted(path for path in part.rglob("*") if path.is_file())
+        mode = part.stat().st_mode & 0o666
         for path in files:
-            path.chmod(part.stat().st_mode & 0o666)  # safetensors' own are for the owner alone
+            path.chmod(mode)  # safetensors' own are for the owner alone
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         for path in files:

@@ -49,10 +49,11 @@ def read_inputs(inputs: Sequence[str], texts: Sequence[str] = ()) -> Iterator[tu
     yield from map(_argument, texts)
 
 
-def _argument(text: str) -> tuple[str, str]:
+def _argument(value: str) -> tuple[str, str]:
+    text = text_argument(value)
     where = f"argument {text[:40]!r}"
-    check_unicode(where, text_argument(text))
-    return text_argument(text), where
+    check_unicode(where, text)
+    return text, where
 
 
 def text_argument(value: str) -> str:
