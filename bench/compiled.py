@@ -91,12 +91,14 @@ def cases(target, size):
     x, gate = (torch.empty(64, n, dtype=torch.bfloat16) for n in (model.hidden_size, model.intermediate_size))
     w, head_w, cos, lse = x[0], q[0, 0], q[:, 0].contiguous(), torch.empty(64, hq)
     cu = build_cu_seqlens([32, 32])
-    saved, qk = (q, lse, q, k, k, q, lse, cu, cu, True), (q, k, head_w, head_w, 1e-6, cos, cos)
+    saved, qk = (q, lse, q, k, k, q, lse, cu, cu), (q, k, head_w, head_w, 1e-6, cos, cos)
     family = attention._family(q)
     forward, dq, dkdv = (attention.CONFIGS[name][family] for name in ("forward", "dq", "dkdv"))
     yield from launches("attention", forward, partial(attention.attention, q, k, k, cu, cu, 32, 32))
-    yield from launches("attention", dq, lambda config: attention.attention_backward(*saved, config, dkdv[0]))
-    yield from launches("attention", dkdv, lambda config: attention.attention_backward(*saved, dq[0], config))
+    yield from launches("attention", dq, lambda config: attention.attention_backward(*saved, True, config, dkdv[0]))
+    yield from launches("attention", dkdv, lambda config: attention.attention_backward(*saved, True, dq[0], config))
+    yield "attention", True, partial(attention.attention, q, k, k, cu, cu, 32, 32, causal=False)
+    yield "attention", True, partial(attention.attention_backward, *saved, False, [], [])
     rows, added = partial(rms_norm.rms_norm, x, w, 1e-6), partial(rms_norm.add_rms_norm, x, w, 1e-6, x)
     yield from launches("rms_norm", rms_norm.CONFIGS, rows, added)
     yield "rms_norm", True, partial(rms_norm.rms_norm_backward, x, None, x, w, 1e-6)
@@ -138,9 +140,9 @@ def usage(kernel):
 
 
 def configuration(kernel):
-    """The block sizes among a compiled kernel's constants, its warps and stages."""
+    """The block sizes among a compiled kernel's constants, the mask of attention, its warps and stages."""
     constants = {kernel.src.fn.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
-    blocks = [f"{name}={value}" for name, value in constants.items() if name.startswith(("BLOCK", "ROWS"))]
+    blocks = [f"{name}={value}" for name, value in constants.items() if name.startswith(("BLOCK", "ROWS", "CAUSAL"))]
     return " ".join([*blocks, f"warps={kernel.metadata.num_warps}", f"stages={kernel.metadata.num_stages}"])
 
 

@@ -37,7 +37,7 @@ class Ops:
     linear: Callable[[Tensor, Tensor], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
-    attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int], Tensor]
+    attention: Callable[..., Tensor]
     swiglu: Callable[[Tensor, Tensor], Tensor]
     pool: Callable[[Tensor, Tensor, int, bool], Tensor]
 

@@ -83,10 +83,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 @declare(causal=True)
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    *, causal: bool = True,
+) -> Tensor:  # fmt: skip
     """PyTorch's SDPA, one call for neighbours of equal lengths, which sorted batches are full of."""
-    lengths = ((x.stop - x.start for x in rows) for rows in reference.sequences(cu_seqlens_q, cu_seqlens_k))
+    lengths = ((x.stop - x.start for x in rows) for rows in reference.sequences(cu_seqlens_q, cu_seqlens_k, causal))
     runs = [(*pair, len(list(run))) for pair, run in groupby(map(tuple, lengths))]
     # split, not slices: the gradient of each slice would be a tensor of all rows.
     q_runs = q.split([n * len_q for len_q, _, n in runs])
@@ -96,9 +97,9 @@ def attention(
         queries, keys, values = (x.unflatten(0, (n, -1)).transpose(1, 2) for x in rows)
         if len_k >= LONG_KEYS and k.device.type == "cpu":
             keys, values = keys.contiguous(), values.contiguous()
-        causal = len_q == len_k  # SDPA's own mask is aligned at the top left; one query sees all
-        mask = None if causal or len_q == 1 else reference.visible(queries[0], keys[0])
-        z = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal, enable_gqa=True)
+        aligned = causal and len_q == len_k  # SDPA's own mask is aligned at the top left; one query sees all
+        mask = reference.visible(queries[0], keys[0]) if causal and not aligned and len_q > 1 else None
+        z = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=aligned, enable_gqa=True)
         out.append(z.transpose(1, 2).flatten(0, 1))
     return out[0] if len(out) == 1 else torch.cat(out)  # torch.cat would copy a single one
 

@@ -27,7 +27,7 @@ class Allows:
     row_wise: bool = False
     """Each row of the result depends on the same row of the inputs alone."""
     causal: bool = False
-    """Attention is causal, aligned at the bottom right, and takes fewer queries than keys."""
+    """Attention is causal unless told otherwise, aligned at the bottom right, and takes fewer queries than keys."""
     last_token: bool = False
     """Pooling reads the last row of each sequence alone."""
     parts: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
@@ -104,33 +104,37 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @declare(causal=True)
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
-) -> Tensor:
-    """Causal grouped-query attention inside each sequence; q [Tq, Hq, D], k and v [Tk, Hkv, D] to [Tq, Hq, D].
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    *, causal: bool = True,
+) -> Tensor:  # fmt: skip
+    """Grouped-query attention inside each sequence; q [Tq, Hq, D], k and v [Tk, Hkv, D] to [Tq, Hq, D].
 
     Query head h reads key head ``h // (Hq / Hkv)``. Causality is aligned at the bottom right: the last query of a
-    sequence sees all its keys, so queries may be fewer than keys. Scores are scaled by ``D ** -0.5`` in the
-    model's dtype, softmax is float32, probabilities are cast back before they multiply v.
-    The max_seqlen arguments are for kernels that size a grid by them. Raises InputError where a sequence has more
-    queries than keys.
+    sequence sees all its keys, so queries may be fewer than keys. Without ``causal`` every query sees all keys of its
+    sequence. Scores are scaled by ``D ** -0.5`` in the model's dtype, softmax is float32, probabilities are cast back
+    before they multiply v.
+    The model passes ``causal`` only as False: an attention that does not take it serves causal models. The max_seqlen
+    arguments are for kernels that size a grid by them. Raises InputError where a sequence has more queries than keys
+    and ``causal``.
     """
     out = []
     groups = q.shape[1] // k.shape[1]
-    for rows_q, rows_k in sequences(cu_seqlens_q, cu_seqlens_k):
+    for rows_q, rows_k in sequences(cu_seqlens_q, cu_seqlens_k, causal):
         queries = q[rows_q].transpose(0, 1)  # [Hq, len_q, D]
         keys = k[rows_k].transpose(0, 1).repeat_interleave(groups, dim=0)
         values = v[rows_k].transpose(0, 1).repeat_interleave(groups, dim=0)
         scores = queries @ keys.transpose(1, 2) * q.shape[2] ** -0.5
-        scores = at_least_float32(scores.masked_fill(~visible(queries, keys), -torch.inf))
-        out.append((scores.softmax(dim=-1).to(q.dtype) @ values).transpose(0, 1))
+        if causal:
+            scores = scores.masked_fill(~visible(queries, keys), -torch.inf)
+        out.append((at_least_float32(scores).softmax(dim=-1).to(q.dtype) @ values).transpose(0, 1))
     return torch.cat(out)
 
 
-def sequences(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """The rows of each sequence's queries and of its keys. Raises InputError where queries outnumber keys."""
+def sequences(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, causal: bool = True) -> Iterator[tuple[slice, slice]]:
+    """The rows of each sequence's queries and of its keys. Raises InputError where causal queries outnumber keys."""
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for q0, q1, k0, k1 in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
-        if q1 - q0 > k1 - k0:
+        if causal and q1 - q0 > k1 - k0:
             raise InputError(f"attention: expected no more queries than keys, found {q1 - q0} and {k1 - k0}")
         yield slice(q0, q1), slice(k0, k1)
 

@@ -58,6 +58,14 @@ def test_every_kernel_compiles_for_every_target(rows):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["attention_kernel", "dq_kernel", "dkdv_kernel"])
+def test_attention_compiles_with_either_mask(rows, kernel):
+    defaults = {(row["target"], row["config"].split()[0]) for row in rows if row["kernel"] == kernel and row["default"]}
+    assert {mask for _, mask in defaults} == {"CAUSAL=True", "CAUSAL=False"}
+    assert len(defaults) == 2 * len({target for target, _ in defaults}) == 8
+
+
+@pytest.mark.slow
 def test_default_configurations_do_not_spill(rows):
     assert [row for row in rows if row["default"] and row["spill"]] == []
 

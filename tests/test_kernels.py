@@ -101,24 +101,26 @@ ATTENTION = {
 
 
 def attention_cases():
-    """Every case in groups of every size and every dtype; slow are most of those that repeat."""
-    for (case, group), dtype in itertools.product(itertools.product(ATTENTION, (1, 2, 4, 8)), KERNEL_DTYPES):
+    """Every case in groups of every size and every dtype, both masks; slow are most of those that repeat."""
+    for case, group, dtype, causal in itertools.product(ATTENTION, (1, 2, 4, 8), KERNEL_DTYPES, (True, False)):
         quick = case not in ("odd", "tiny") and (group == 2 or (case == "tile edges" and dtype == torch.float32))
+        quick = quick and (causal or case in ("tile edges", "fewer queries"))
         marks = [] if quick else [pytest.mark.slow]
         if not isinstance(dtype, torch.dtype):
             (dtype,), marks = dtype.values, [*marks, *dtype.marks]
-        yield pytest.param(case, group, dtype, marks=marks, id=f"{dtype}-{case}-{group}")
+        yield pytest.param(case, group, dtype, causal, marks=marks, id=f"{dtype}-{case}-{group}-{causal}")
 
 
-@pytest.mark.parametrize(("case", "group", "dtype"), list(attention_cases()))
-def test_attention(case, group, dtype, device):
+@pytest.mark.parametrize(("case", "group", "dtype", "causal"), list(attention_cases()))
+def test_attention(case, group, dtype, causal, device):
     torch.manual_seed(0)
     len_q, len_k = ATTENTION[case]
     heads, D = (2, 128) if group == 2 else (1, 64)
     tensors = [randn(sum(len_q), heads * group, D), *(randn(sum(len_k), heads, D) for _ in range(2))]
 
     def run(op, where):
-        return lambda q, k, v: op(q, k, v, cu_seqlens(len_q, where), cu_seqlens(len_k, where), max(len_q), max(len_k))
+        rest = (cu_seqlens(len_q, where), cu_seqlens(len_k, where), max(len_q), max(len_k))
+        return lambda q, k, v: op(q, k, v, *rest, causal=causal)
 
     judge(run(attention, device), run(reference.attention, "cpu"), tensors, dtype, device)
 
@@ -198,17 +200,18 @@ def test_attention_without_any_key(device):
     assert attention(kv, kv, kv, empty, empty, 0, 0).shape == (0, 1, 64)  # the empty batch
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kernel", CONFIGS)
-def test_every_configuration_of_attention_is_right(kernel, device):
+def test_every_configuration_of_attention_is_right(kernel, causal, device):
     torch.manual_seed(0)
     q, k, v = (torch.randn(133, heads, 64, device=device, requires_grad=True) for heads in (2, 1, 1))
     cu = cu_seqlens([130, 3], device)
-    out, lse = attention(q, k, v, cu, cu, 130, 130, return_lse=True)
-    saved = (torch.ones_like(out), torch.zeros_like(lse), q, k, v, out, lse, cu, cu, True)
+    out, lse = attention(q, k, v, cu, cu, 130, 130, causal=causal, return_lse=True)
+    saved = (torch.ones_like(out), torch.zeros_like(lse), q, k, v, out, lse, cu, cu, causal)
     expected = (out,) if kernel == "forward" else attention_backward(*saved, [], [])
     for config in {c for family, configs in CONFIGS[kernel].items() for c in configs if family != "float32"}:
         if kernel == "forward":
-            found = (attention(q, k, v, cu, cu, 130, 130, config=config),)
+            found = (attention(q, k, v, cu, cu, 130, 130, causal=causal, config=config),)
         else:
             found = attention_backward(*saved, *((config, []) if kernel == "dq" else ([], config)))
         for a, b in zip(found, expected, strict=True):
@@ -455,16 +458,17 @@ def poisoned(monkeypatch):
     return lambda *shape: place(torch.randn(*shape[:-1], device=shape[-1]), True), check
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("D", [slow(64), 128])
 @pytest.mark.parametrize("counts", [([65, 3, 1], [65, 3, 1]), ([1, 3, 70], [130, 3, 90])], ids=str)
-def test_attention_stays_in_bounds(counts, D, device, poisoned):
+def test_attention_stays_in_bounds(counts, D, causal, device, poisoned):
     tensor, check = poisoned
     q, k, v = (
         tensor(sum(n), heads, D, device) for n, heads in zip((counts[0], *[counts[1]] * 2), (4, 2, 2), strict=True)
     )
     cu_q, cu_k = cu = [cu_seqlens(n, device) for n in counts]
-    out, lse = attention(q, k, v, cu_q, cu_k, 70, 130, return_lse=True)
-    attention_backward(tensor(*out.shape, device), tensor(*lse.shape, device), q, k, v, out, lse, *cu, True, [], [])
+    out, lse = attention(q, k, v, cu_q, cu_k, 70, 130, causal=causal, return_lse=True)
+    attention_backward(tensor(*out.shape, device), tensor(*lse.shape, device), q, k, v, out, lse, *cu, causal, [], [])
     check()
 
 

@@ -22,14 +22,16 @@ def qkv(len_q, len_k, groups=2, dtype=torch.float64):
     return [*leaves, build_cu_seqlens(len_q), build_cu_seqlens(len_k), max(len_q), max(len_k)]
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize(
     ("len_q", "len_k"), [([1], [1]), ([65, 1, 3], [65, 1, 3]), ([1, 4, 64], [130, 4, 65]), ([9], [LONG_KEYS])]
 )
-def test_attention_is_as_exact_as_the_reference(len_q, len_k, groups, dtype):
-    exact = reference.attention(*qkv(len_q, len_k, groups)).double()
-    plain, ours = (a(*qkv(len_q, len_k, groups, dtype)) for a in (reference.attention, Ops.torch().attention))
+def test_attention_is_as_exact_as_the_reference(len_q, len_k, groups, dtype, causal):
+    exact = reference.attention(*qkv(len_q, len_k, groups), causal=causal).double()
+    both = (reference.attention, Ops.torch().attention)
+    plain, ours = (attention(*qkv(len_q, len_k, groups, dtype), causal=causal) for attention in both)
     assert ours.dtype == dtype
     assert (ours - exact).abs().max() <= OPS_RATIO * (plain - exact).abs().max()
 
@@ -42,6 +44,15 @@ def test_attention_is_aligned_at_the_bottom_right(ops):
     tail = torch.tensor([7, 8, 13])
     part = SETS[ops].attention(q[tail], k, v, build_cu_seqlens([2, 1]), build_cu_seqlens([9, 5]), 2, 9)
     torch.testing.assert_close(part, whole[tail])
+
+
+@pytest.mark.parametrize("ops", SETS)
+def test_attention_both_ways_sees_every_key(ops):
+    """The mean of the values where all scores are equal; more queries than keys, too."""
+    q, k, v, *rest = qkv([3, 1, 5], [2, 4, 5])
+    found = SETS[ops].attention(0 * q, k, v, *rest, causal=False)
+    means = torch.stack([part.mean(0) for part in v.split([2, 4, 5])]).repeat_interleave(2, dim=1)
+    torch.testing.assert_close(found, means.repeat_interleave(torch.tensor([3, 1, 5]), dim=0))
 
 
 @pytest.mark.parametrize("ops", SETS)
@@ -61,7 +72,8 @@ def test_gradients_are_those_of_finite_differences(ops):
     assert torch.autograd.gradcheck(chosen.swiglu, (x, x.detach().flip(0).requires_grad_()))
     assert torch.autograd.gradcheck(lambda h: chosen.pool(h, build_cu_seqlens([2, 1]), 5, True), (x[:, 0],))
     args = qkv([2, 1], [3, 1])
-    assert torch.autograd.gradcheck(lambda *x: chosen.attention(*x, *args[3:]), args[:3])
+    for causal in (True, False):
+        assert torch.autograd.gradcheck(lambda *x, c=causal: chosen.attention(*x, *args[3:], causal=c), args[:3])
 
 
 @pytest.mark.parametrize("ops", SETS)
