@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from qwen3core import Embedder, Reranker, Tokenizer
 from qwen3core.config import Qwen3Config
-from qwen3core.prompts import DEFAULT_TASK, NO, RERANKER_BODY, RERANKER_PREFIX, RERANKER_SUFFIX, YES, reranker_body
+from qwen3core.prompts import DEFAULT_TASK, NO, RERANKER, RERANKER_BODY, RERANKER_PREFIX, RERANKER_SUFFIX, YES
 from qwen3core.weights.build import open_model
 
 Embed = Callable[..., np.ndarray]
@@ -143,7 +143,7 @@ def _transformers_rerank(directory: Path, dtype: str, device: str) -> Rerank:
     @torch.no_grad()
     def rerank(query: str, documents: list[str], batch_size: int | None = None) -> np.ndarray:
         scores = []
-        for part in _split([reranker_body(DEFAULT_TASK, query, document) for document in documents], batch_size):
+        for part in _split([RERANKER.fill(DEFAULT_TASK, query, document) for document in documents], batch_size):
             inputs = tokenizer(
                 part, padding=False, truncation="longest_first", return_attention_mask=False, max_length=body_length
             )
@@ -288,7 +288,7 @@ def _llama_rerank(directory: Path, gguf_type: str, cache: Path) -> Rerank:
     tokenizer = Tokenizer(directory / "tokenizer.json")
 
     def rerank(query: str, documents: list[str], batch_size: int | None = None) -> np.ndarray:
-        bodies = [reranker_body(DEFAULT_TASK, query, document) for document in documents]
+        bodies = [RERANKER.fill(DEFAULT_TASK, query, document) for document in documents]
         return run(tokenizer.reranking(bodies, MAX_LENGTH), batch_size)[:, 0]
 
     return rerank

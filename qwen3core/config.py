@@ -103,14 +103,15 @@ OFFICIAL_SIZES = {
 """Shapes of the official checkpoints; vocabularies and positions differ by repository (weights/synthesize.py)."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object from ``path``. Raises CheckpointError when it is missing or is anything else."""
+def read_json(path: Path, kind: type = dict) -> Any:
+    """Parse a JSON object, or a list, from ``path``. Raises CheckpointError when it is missing or is anything else."""
     if not path.is_file():
         raise CheckpointError(f"{path}: expected a file, found {'a directory' if path.is_dir() else 'nothing'}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
         raise CheckpointError(f"{path}: expected JSON, found something else ({error})") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    if not isinstance(data, kind):
+        expected = "a JSON object" if kind is dict else "a JSON list"
+        raise CheckpointError(f"{path}: expected {expected}, found {type(data).__name__}")
     return data

@@ -1,7 +1,8 @@
 """Text to unit vectors."""
 
+import copy
 from collections.abc import Iterable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
@@ -10,12 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from .batch import PackedBatch
-from .config import read_json
-from .errors import CheckpointError, InputError, check_int, check_text, warn
+from .batch import PackedBatch, build_cu_seqlens
+from .errors import InputError, check_int, check_one_of, check_text, warn
 from .model import Qwen3Model
-from .pretrained import MAX_LENGTH, Pretrained
-from .prompts import EMBEDDING_PROMPTS, embedding_query
+from .pretrained import Pretrained
+from .prompts import EMBEDDING_QUERY
 from .reading import as_list
 from .tokenizer import Tokenizer
 
@@ -29,7 +29,7 @@ class EncodeOptions(TypedDict, total=False):
     prompt_name: str | None
     prompt: str | None
     truncate_dim: int | None
-    normalize_embeddings: bool
+    normalize_embeddings: bool | None
     batch_tokens: int | None
     show_progress_bar: bool | None
 
@@ -38,14 +38,12 @@ class Embedder(Pretrained):
     """Qwen3-Embedding: ``Embedder.from_pretrained(path_or_id)``, then ``encode_query`` and ``encode_document``.
 
     Args:
-        model, tokenizer: of one checkpoint.
+        model, tokenizer: of one checkpoint; prompts and whatever surrounds the decoder are the model's ``layout``.
         max_length: tokens per input, EOS included; longer inputs lose their end, and a warning counts them.
         prefix_cache_tokens: size of the LRU cache of prompts' keys and values.
-        prompts: prompts by name; those of the model card by default.
-        default_prompt_name: the prompt of ``encode`` where none is named.
 
     Raises:
-        InputError, CheckpointError: for an option, a tokenizer that does not fit, or prompts that are no texts.
+        InputError, CheckpointError: for an option, or a tokenizer that does not fit.
 
     Example:
         >>> embedder = Embedder.from_pretrained("tiny-embedding")
@@ -53,30 +51,14 @@ class Embedder(Pretrained):
         (2, 256)
     """
 
+    jobs = ("embedding", "late interaction")
+
     def __init__(
-        self,
-        model: Qwen3Model,
-        tokenizer: Tokenizer,
-        *,
-        max_length: int = MAX_LENGTH,
-        prefix_cache_tokens: int = 0,
-        prompts: dict[str, str] | None = None,
-        default_prompt_name: str | None = None,
+        self, model: Qwen3Model, tokenizer: Tokenizer, *, max_length: int | None = None, prefix_cache_tokens: int = 0
     ) -> None:
         super().__init__(model, tokenizer, max_length=max_length, prefix_cache_tokens=prefix_cache_tokens)
-        self.prompts = prompts or EMBEDDING_PROMPTS
-        self.default_prompt_name = default_prompt_name
-        if not isinstance(self.prompts, dict) or not all(isinstance(text, str) for text in self.prompts.values()):
-            raise CheckpointError(
-                f"config_sentence_transformers.json: prompts: expected an object of texts, found {self.prompts!r:.200}"
-            )
-
-    @classmethod
-    def read_settings(cls, directory: Path) -> dict[str, Any]:
-        """The prompts of config_sentence_transformers.json, where a checkpoint has one."""
-        path = directory / "config_sentence_transformers.json"
-        stored = read_json(path) if path.exists() else {}
-        return {name: stored.get(name) for name in ("prompts", "default_prompt_name")}
+        self.prompts = dict(model.layout.prompts)
+        self.default_prompt_name = model.layout.default_prompt_name
 
     @overload
     def encode_query(
@@ -102,9 +84,8 @@ class Embedder(Pretrained):
         """``encode`` with the query prompt: the checkpoint's, or that of your own ``instruction`` (one sentence)."""
         if instruction is not None:
             check_text("instruction", instruction)
-            options["prompt"] = embedding_query(instruction)
-        elif options.get("prompt") is None and options.get("prompt_name") is None:
-            options["prompt"] = self.prompts.get("query", EMBEDDING_PROMPTS["query"])
+        if instruction is not None or (options.get("prompt") is None and options.get("prompt_name") is None):
+            options["prompt"] = self.query_prompt(instruction)
         return self.encode(inputs, **options)
 
     @overload
@@ -120,7 +101,7 @@ class Embedder(Pretrained):
     def encode_document(self, inputs: Texts, **options: Any) -> Any:
         """``encode`` with the document prompt, which is empty for the official checkpoints."""
         if options.get("prompt") is None and options.get("prompt_name") is None:
-            options["prompt"] = self.prompts.get("document", EMBEDDING_PROMPTS["document"])
+            options["prompt"] = self.prompts.get("document", "")
         return self.encode(inputs, **options)
 
     @overload
@@ -140,7 +121,7 @@ class Embedder(Pretrained):
         prompt_name: str | None = None,
         prompt: str | None = None,
         truncate_dim: int | None = None,
-        normalize_embeddings: bool = True,
+        normalize_embeddings: bool | None = None,
         batch_tokens: int | None = None,
         convert_to_tensor: bool = False,
         show_progress_bar: bool | None = None,
@@ -151,8 +132,8 @@ class Embedder(Pretrained):
             inputs: one text, or any iterable of texts.
             prompt_name: name of a stored prompt, put before every text.
             prompt: a prompt itself.
-            truncate_dim: keep the first components (1 to hidden size), before normalising.
-            normalize_embeddings: whether vectors have unit length.
+            truncate_dim: keep the first components, before normalising; by default as many as the checkpoint says.
+            normalize_embeddings: whether vectors have unit length; by default as the checkpoint says.
             batch_tokens: most tokens of one batch.
             convert_to_tensor: return a tensor on the model's device in place of a numpy array.
             show_progress_bar: None shows it on a terminal.
@@ -163,31 +144,99 @@ class Embedder(Pretrained):
         Raises:
             InputError: for what is not text, or an option that cannot be.
         """
+        layout, width = self.model.layout, self.model.layout.width(self.model.config.hidden_size)
+        if not layout.pooling:
+            raise InputError("encode: expected a checkpoint that pools, found one of late interaction (encode_tokens)")
         texts = [inputs] if isinstance(inputs, str) else as_list("inputs", inputs)
         prompt = self._prompt(prompt_name) if prompt is None else prompt
-        check_text("prompt", prompt)
-        hidden_size = self.model.config.hidden_size
         if truncate_dim is not None:
-            check_int("truncate_dim", truncate_dim, 1, hidden_size)
+            check_int("truncate_dim", truncate_dim, 1, width)
             if truncate_dim < 32:
                 warn(f"truncate_dim={truncate_dim}: the models are trained for 32 and more")
-        [prefix] = self.tokenizer.encode([prompt])
+        elif layout.truncate_dim is not None:
+            truncate_dim = min(layout.truncate_dim, width)
+        prefix = self._prefix(prompt)
+        alone = [*prefix, *self.tokenizer.closing]  # sentence-transformers counts the prompt's tokens so
+        prompt_length = len(alone) - (alone[-1] in self.tokenizer.special_ids) if prompt else 0
         embeddings = self.run(
             [prompt + text if isinstance(text, str) else text for text in texts],
-            [tuple(prefix)] * len(texts),
-            (truncate_dim or hidden_size,),
+            [prefix] * len(texts),
+            (truncate_dim or width,),
             batch_tokens=batch_tokens,
             show_progress_bar=show_progress_bar,
             dim=truncate_dim,
             normalize=normalize_embeddings,
+            prompt_length=0 if layout.include_prompt else prompt_length,
         )
         result = embeddings[0] if isinstance(inputs, str) else embeddings
         return result if convert_to_tensor else result.cpu().numpy()
+
+    def encode_tokens(
+        self,
+        inputs: Texts,
+        *,
+        task: str | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_tokens: int | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> "TokenVectors":
+        """One vector of unit length for every token of every text, for late interaction (ColBERT, arXiv:2004.12832).
+
+        task: ``"query"`` or ``"document"``, whose prompt and length a checkpoint may declare; None counts as a document
+        with the default prompt. Prompts are as in ``encode``. Raises InputError.
+        """
+        check_one_of("task", task, (None, "query", "document"))
+        layout = self.model.layout
+        texts = [inputs] if isinstance(inputs, str) else as_list("inputs", inputs)
+        if prompt is None:
+            prompt = self.prompts.get(task, "") if task and prompt_name is None else self._prompt(prompt_name)
+        limited = copy.copy(self)
+        limits = {"query": layout.query_length, "document": layout.document_length}
+        limited.max_length = limits.get(task or "") or self.max_length
+        skipped = () if task == "query" else layout.skiplist
+        rows: list[Tensor] = limited.run(
+            [prompt + text if isinstance(text, str) else text for text in texts],
+            [()] * len(texts),
+            None,
+            batch_tokens=batch_tokens,
+            show_progress_bar=show_progress_bar,
+            skipped=[i for word in skipped if (i := self.tokenizer.backend.token_to_id(word)) is not None],
+        )
+        width = layout.width(self.model.config.hidden_size) if layout.modules else self.model.config.hidden_size
+        vectors = torch.cat(rows) if rows else torch.empty(0, width)
+        return TokenVectors(vectors, build_cu_seqlens(map(len, rows)))
+
+    def _prefix(self, prompt: str) -> tuple[int, ...]:
+        """The ids that all texts of a prompt may begin with."""
+        check_text("prompt", prompt)
+        [ids] = self.tokenizer.encode([prompt])
+        return (*self.tokenizer.opening, *ids)
+
+    def query_prompt(self, instruction: str | None = None) -> str:
+        """The prompt of queries; of a task of one's own, in the words that the checkpoint's prompts have around theirs.
+
+        Raises InputError where those have no place for one.
+        """
+        if instruction is None:
+            return self.prompts.get("query", "")
+        before, _, after = EMBEDDING_QUERY.partition("{instruction}")
+        prompts = [text for text in (self.prompts.get("query"), *self.prompts.values()) if text]
+        own = [text for text in prompts if text.startswith(before) and after in text]
+        if prompts and not own:
+            raise InputError(
+                f"instruction: expected none, which this checkpoint's prompts have no place for, found {instruction!r} "
+                "(prompt= takes a whole prompt)"
+            )
+        ending = own[0][own[0].rindex(after) :] if own else after
+        return before + instruction + ending
 
     def _prompt(self, name: str | None) -> str:
         name = name if name is not None else self.default_prompt_name
         if name is None:
             return ""
+        if name in ("query", "document"):
+            return self.prompts.get(name, "")
         if not isinstance(name, str) or name not in self.prompts:
             raise InputError(f"prompt_name: expected one of {', '.join(self.prompts)}, found {name!r}")
         return self.prompts[name]
@@ -195,15 +244,47 @@ class Embedder(Pretrained):
     def to_sequences(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer.embedding(texts, self.max_length)
 
-    def compute(self, batch: PackedBatch, **options: Any) -> Tensor:
-        return self.model.embed(batch, **options)
+    def compute(self, batch: PackedBatch, *, skipped: list[int] | None = None, **options: Any) -> Any:
+        if skipped is None:
+            return self.model.embed(batch, **options)
+        vectors = self.model.tokens(batch).split(batch.text_cu_seqlens.diff().tolist())
+        counts = ~torch.isin(batch.input_ids, torch.tensor(skipped, device=self.device))
+        return [x[rows] for x, rows in zip(vectors, counts.split([len(x) for x in vectors]), strict=True)]
 
-    @staticmethod
-    def similarity(a: Vectors | Tensor, b: Vectors | Tensor) -> Tensor:
-        """Cosine of every pair of rows, float32 [len(a), len(b)]; a single vector counts as one row."""
+    def similarity(self, a: "Vectors | Tensor | TokenVectors", b: "Vectors | Tensor | TokenVectors") -> Tensor:
+        """Similarity of every pair of rows, float32 [len(a), len(b)]; a single vector counts as one row.
+
+        It is the checkpoint's: cosine for the official ones, or dot product, negative euclidean or manhattan distance.
+        Of token vectors it is MaxSim: for each token of a text of a, its largest product with one of b's, summed.
+        """
+        name = self.model.layout.similarity
+        if isinstance(a, TokenVectors) and isinstance(b, TokenVectors):
+            products = (a.vectors @ b.vectors.T).split(b.lengths, dim=1)
+            largest = torch.stack([x.amax(1) for x in products], dim=1).split(a.lengths)
+            return torch.stack([x.mean(0) if name == "meanmaxsim" else x.sum(0) for x in largest])
         left, right = (torch.atleast_2d(torch.as_tensor(x)).float() for x in (a, b))
         if left.shape[-1] != right.shape[-1] or left.dim() != 2 or right.dim() != 2:
             raise InputError(
                 f"similarity: expected rows of equal length, found {list(left.shape)} and {list(right.shape)}"
             )
-        return F.normalize(left, dim=-1) @ F.normalize(right, dim=-1).T
+        if name in ("euclidean", "manhattan"):
+            return -torch.cdist(left, right, p=2 if name == "euclidean" else 1)
+        return left @ right.T if name == "dot" else F.normalize(left, dim=-1) @ F.normalize(right, dim=-1).T
+
+
+@dataclass(frozen=True)
+class TokenVectors:
+    """Vectors of the tokens of N texts: text n is rows ``cu_seqlens[n]:cu_seqlens[n + 1]``."""
+
+    vectors: Tensor
+    """[T, dim] float32, on the model's device."""
+    cu_seqlens: Tensor
+    """[N + 1] int32."""
+
+    def __len__(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each text."""
+        return self.cu_seqlens.diff().tolist()

@@ -61,6 +61,12 @@ def check_number(name: str, value: object, low: float, high: float = math.inf, *
         raise InputError(f"{name}: expected a finite number {bounds}, found {value!r}")
 
 
+def check_one_of(name: str, value: object, values: Iterable[object]) -> None:
+    """Raise InputError unless ``value`` is one of these."""
+    if value not in (values := list(values)):
+        raise InputError(f"{name}: expected one of {', '.join(map(str, values))}, found {value!r}")
+
+
 def check_text(name: str, value: object) -> None:
     """Raise InputError unless ``value`` is a str."""
     if not isinstance(value, str):

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from . import reference
 from .batch import KeysValues, PackedBatch, VarlenLayout
 from .config import Qwen3Config
 from .errors import InputError
+from .layout import LAST_TOKEN, Dense, Layout, Normalize
 from .ops import Ops, resolve
-from .reference import p_yes, yes_minus_no
 
 Hook = Callable[[str, Tensor, PackedBatch], Tensor]
 """A function of a point's full name, its tensor and the batch; what it returns goes on in the tensor's place."""
@@ -43,7 +44,7 @@ class Context:
 
 
 class Qwen3Model(nn.Module):
-    """A Qwen3 decoder: ``model(batch)`` gives hidden states, ``embed`` a vector for each text, ``score`` its P(yes).
+    """A Qwen3 decoder: ``model(batch)`` gives hidden states, ``embed`` a vector for each text, ``scores`` its P(yes).
 
     ``lm_head`` exists only where a reranker's is not tied to ``embed_tokens``. Threads may share a model while nobody
     changes it; ``capture`` and ``edit`` concern every call of every thread.
@@ -52,6 +53,7 @@ class Qwen3Model(nn.Module):
         config: the architecture's numbers.
         ops: a set of operations, or its name (``ops.resolve``).
         lm_head: whether the checkpoint has an output matrix of its own that is needed.
+        layout: what surrounds the decoder; that of the model cards by default.
 
     Example:
         >>> model = Qwen3Model(Qwen3Config(50, 8, 16, 2, 2, 1, 64, 1e6, head_dim=4))
@@ -59,9 +61,12 @@ class Qwen3Model(nn.Module):
         torch.Size([4, 8])
     """
 
-    def __init__(self, config: Qwen3Config, ops: Ops | str = "auto", *, lm_head: bool = False) -> None:
+    def __init__(
+        self, config: Qwen3Config, ops: Ops | str = "auto", *, lm_head: bool = False, layout: Layout | None = None
+    ) -> None:
         super().__init__()
         self.config = config
+        self.layout = layout or Layout()
         self.ops = resolve(ops)
         self.hooks: list[Hook] = []
         """The captures and edits that are active."""
@@ -74,35 +79,85 @@ class Qwen3Model(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if lm_head else None
+        scored = self.layout.score == "score"
+        self.score = nn.Linear(config.hidden_size, len(self.layout.labels), bias=False) if scored else None
+        for module in self.layout.modules:
+            if isinstance(module, Dense):
+                self.add_module(module.path, DenseLayer(module))
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Last hidden states [T, H], final norm applied (transformers' ``last_hidden_state``), in the compute dtype."""
         return self._hook(batch)("final_norm", self.norm(self.run_layers(batch), self.ops.rms_norm))
 
-    def embed(self, batch: PackedBatch, *, dim: int | None = None, normalize: bool = True) -> Tensor:
-        """``pool(forward(batch))`` [N, dim] float32; with shortcuts, no more of the last layer than that needs."""
+    def embed(
+        self, batch: PackedBatch, *, dim: int | None = None, normalize: bool | None = None, prompt_length: int = 0
+    ) -> Tensor:
+        """Each text's vector, pooled and through the layout's modules; [N, dim] float32.
+
+        With shortcuts, no more of the last layer is computed than that needs. normalize: None as the layout says.
+        prompt_length: tokens at the beginning that are not pooled, where the layout leaves prompts out.
+        """
+        normalize = self.layout.normalize if normalize is None else normalize
+        if self.layout.modules:
+            x = self._pooled(batch, None, False, prompt_length)
+            return _finished(self.pass_on(x), dim, normalize)
+        return self._pooled(batch, dim, normalize, prompt_length)
+
+    def _pooled(self, batch: PackedBatch, dim: int | None, normalize: bool, prompt_length: int) -> Tensor:
         if not self.shortcuts:
-            return self.pool(self(batch), batch, dim=dim, normalize=normalize)
+            return self.pool(self(batch), batch, dim=dim, normalize=normalize, prompt_length=prompt_length)
         x, rows = self.run_layers(batch, last_token=True), batch.last_token.cu_seqlens_q
         width = dim or self.config.hidden_size
         if self.ops.norm_pool:
             return self.norm(x, self.ops.norm_pool, rows, width, normalize)
         return self.ops.pool(self.norm(x, self.ops.rms_norm), rows, width, normalize)
 
-    def score(self, batch: PackedBatch, yes_no: Tensor) -> Tensor:
-        """P(yes) [N] float32 of each text's pooled hidden state, from the rows of yes and no [2, H] of the lm_head."""
-        if self.ops.norm_score is None or not self.shortcuts:
-            return p_yes(self.embed(batch, normalize=False), yes_no)
-        x, rows = self.run_layers(batch, last_token=True), batch.last_token.cu_seqlens_q
-        return self.norm(x, self.ops.norm_score, rows, yes_minus_no(yes_no))
+    def tokens(self, batch: PackedBatch) -> Tensor:
+        """Every token's unit vector, through the layout's modules; [T, dim] float32, for late interaction."""
+        return F.normalize(self.pass_on(reference.at_least_float32(self(batch))), dim=-1)
+
+    def pass_on(self, x: Tensor) -> Tensor:
+        """What the layout's modules make of vectors x [n, in]: [n, out] float32."""
+        for module in self.layout.modules:
+            x = F.normalize(x, dim=-1) if isinstance(module, Normalize) else self.get_submodule(module.path)(x)
+        return x
+
+    def logits(self, batch: PackedBatch, weight: Tensor | None) -> Tensor:
+        """A reranker's raw scores [N, labels] float32, from ``score_weight``."""
+        pooled = self.embed(batch, normalize=False)
+        return pooled if weight is None else pooled @ weight.T.to(pooled.dtype)
+
+    def scores(self, batch: PackedBatch, weight: Tensor | None) -> Tensor:
+        """A reranker's scores: P(yes) [N] float32 of each text's pooled hidden state; [N, labels] where it has several.
+
+        weight: of ``score_weight``.
+        """
+        sigmoid = self.layout.activation == "Sigmoid"
+        if self.ops.norm_score and self.shortcuts and sigmoid and weight is not None and len(weight) == 1:
+            x, rows = self.run_layers(batch, last_token=True), batch.last_token.cu_seqlens_q
+            return self.norm(x, self.ops.norm_score, rows, weight[0])
+        scores = _activation(self.layout.activation)(self.logits(batch, weight))
+        return scores[:, 0] if scores.shape[1] == 1 else scores
+
+    def score_weight(self, answers: Sequence[int]) -> Tensor | None:
+        """The directions of a reranker's scores in the space of last hidden states, [labels, H] float32.
+
+        answers: ids of yes and no, whose rows of the lm_head differ by the direction of P(yes), or of yes alone. None
+        where the score comes from the layout's modules.
+        """
+        if self.layout.score == "modules":
+            return None
+        rows = reference.at_least_float32(self.lm_head_rows(answers) if self.score is None else self.score.weight)
+        return rows[:1] - rows[1:] if self.score is None and len(rows) == 2 else rows
 
     @property
     def shortcuts(self) -> bool:
         """Whether rows may be left out or shared: by pruning, by shared and cached prefixes, by equal texts.
 
-        They may not while a hook is active, which must see every row, or where the ops do not declare what it takes.
+        They may not while a hook is active, which must see every row, where the ops do not declare what it takes, or
+        where the checkpoint pools more than the last token.
         """
-        return not self.hooks and self.ops.shortcuts
+        return not self.hooks and self.ops.shortcuts and self.layout.pooling == LAST_TOKEN
 
     def run_layers(
         self, batch: PackedBatch, *, last_token: bool = False, keys_values: KeysValues | None = None
@@ -139,10 +194,19 @@ class Qwen3Model(nn.Module):
         return keys_values
 
     def pool(
-        self, hidden_states: Tensor, batch: PackedBatch, *, dim: int | None = None, normalize: bool = True
+        self,
+        hidden_states: Tensor,
+        batch: PackedBatch,
+        *,
+        dim: int | None = None,
+        normalize: bool = True,
+        prompt_length: int = 0,
     ) -> Tensor:
-        """Each text's last hidden state, cut to ``dim``, normalised; [T, H] to [N, dim] float32."""
-        pooled = self.ops.pool(hidden_states, batch.text_cu_seqlens, dim or self.config.hidden_size, normalize)
+        """Each text's pooled hidden states, cut to ``dim``, normalised; [T, H] to [N, dim] float32."""
+        modes = self.layout.pooling
+        other = {} if modes == LAST_TOKEN else {"modes": modes, "prompt_length": prompt_length}
+        width = dim or self.config.hidden_size * len(modes)
+        pooled = self.ops.pool(hidden_states, batch.text_cu_seqlens, width, normalize, **other)
         return self._hook(batch)("pooled", pooled)
 
     @property
@@ -281,6 +345,33 @@ class Linear(nn.Linear):
         """Round each row of the weight to 255 steps: a quarter of float32's memory, and the end of its training."""
         weight, self.scale = reference.int8_rows(self.weight.detach())
         self.weight = nn.Parameter(weight, requires_grad=False)
+
+
+class DenseLayer(nn.Module):
+    """``layout.Dense`` with its weights, in float32 or wider."""
+
+    def __init__(self, module: Dense) -> None:
+        super().__init__()
+        self.linear = nn.Linear(module.in_features, module.out_features, bias=module.bias)
+        projects = module.use_residual and module.in_features != module.out_features
+        self.residual = nn.Linear(module.in_features, module.out_features, bias=False) if projects else None
+        self.activation, self.use_residual = module.activation, module.use_residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.linear.bias is None else self.linear.bias.to(x.dtype)
+        out = _activation(self.activation)(F.linear(x, self.linear.weight.to(x.dtype), bias))
+        if not self.use_residual:
+            return out
+        return out + (x if self.residual is None else F.linear(x, self.residual.weight.to(x.dtype)))
+
+
+def _activation(name: str) -> nn.Module:
+    return getattr(nn, name)()
+
+
+def _finished(x: Tensor, dim: int | None, normalize: bool) -> Tensor:
+    x = x[:, :dim]
+    return F.normalize(x, dim=-1) if normalize else x
 
 
 def in_blocks(function: Callable[..., tuple[Tensor, ...]], size: int, *tensors: Tensor) -> tuple[Tensor, ...]:

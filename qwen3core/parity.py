@@ -22,14 +22,14 @@ from torch.nn import functional as F
 from . import samples
 from .batch import PackedBatch, pack
 from .config import read_json
-from .errors import InputError
 from .hooks import capture
+from .layout import Layout
 from .model import Qwen3Model
 from .ops import Ops, resolve
-from .prompts import DEFAULT_TASK, RERANKER_PREFIX, RERANKER_SUFFIX, embedding_query, reranker_body
+from .prompts import DEFAULT_TASK, RERANKER, embedding_query
 from .tokenizer import Tokenizer
 from .weights.build import open_model
-from .weights.find import find, is_embedding
+from .weights.find import find
 from .weights.precision import as_device, as_dtype, quantize
 from .weights.tensors import Tensors
 
@@ -90,12 +90,12 @@ def parity(
     path_or_id: str | Path,
     *,
     revision: str | None = None,
-    kind: str = "auto",
+    job: str | None = None,
     texts: Sequence[str] | None = None,
     dtype: str | torch.dtype = "auto",
     ops: str | Ops = "auto",
     device: str | torch.device | None = None,
-    max_length: int = 8192,
+    max_length: int | None = None,
 ) -> Report:
     """Compare a checkpoint in both implementations.
 
@@ -105,11 +105,9 @@ def parity(
     InputError; a difference beyond tolerance does not raise, it makes ``report.ok`` false.
     """
     directory = find(path_or_id, revision=revision)
-    if kind == "auto":
-        kind = "embedding" if is_embedding(directory) else "reranker"
-    if kind not in ("embedding", "reranker"):
-        raise InputError(f"kind: expected auto, embedding or reranker, found {kind!r}")
-    reranker = kind == "reranker"
+    layout = Layout.from_directory(directory, job=job)
+    reranker = layout.job != "embedding"
+    max_length = max_length or 8192
     device = as_device(device)
     model, tensors = open_model(directory, ops=resolve(ops, device), lm_head=reranker)
     int8 = dtype == "int8"
@@ -139,7 +137,7 @@ def _default_texts(reranker: bool) -> list[str]:
     """A few real texts: prompts and texts of an embedder, or bodies of the reranker's template."""
     documents = [*samples.DOCUMENTS, samples.LONG_DOCUMENT]
     if reranker:
-        return [reranker_body(DEFAULT_TASK, samples.QUERIES[1], document) for document in documents]
+        return [RERANKER.fill(DEFAULT_TASK, samples.QUERIES[1], document) for document in documents]
     return [*(embedding_query(DEFAULT_TASK) + query for query in samples.QUERIES), *documents]
 
 
@@ -176,7 +174,11 @@ def _ours(
     _load_on_demand(model, tensors, dtype, batch.input_ids.device, int8)
 
     def run() -> Tensor:
-        return model.embed(batch) if yes_no is None else model.score(batch, yes_no.to(batch.input_ids.device))
+        return (
+            model.embed(batch)
+            if yes_no is None
+            else model.scores(batch, (yes_no[:1] - yes_no[1:]).to(batch.input_ids.device))
+        )
 
     with torch.no_grad():
         with capture(model, "embed", "layers.*.resid_post", "final_norm") as acts:
@@ -192,7 +194,7 @@ def _transformers_ids(directory: Path, texts: Sequence[str], reranker: bool, max
     tokenizer: Any = AutoTokenizer.from_pretrained(directory)
     if not reranker:
         return tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
-    prefix, suffix = (tokenizer.encode(t, add_special_tokens=False) for t in (RERANKER_PREFIX, RERANKER_SUFFIX))
+    prefix, suffix = (tokenizer.encode(t, add_special_tokens=False) for t in (RERANKER.prefix, RERANKER.suffix))
     longest = max_length - len(prefix) - len(suffix)
     bodies = tokenizer(list(texts), truncation="longest_first", max_length=longest)["input_ids"]
     return [prefix + body + suffix for body in bodies]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -12,16 +13,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .batch import PackedBatch, Prefix, pack
-from .errors import InputError, check_int, check_texts
+from .errors import CheckpointError, InputError, check_int, check_texts, warn
 from .forks import use_threads
+from .layout import LAST_TOKEN, Layout
 from .model import Qwen3Model
 from .ops import Ops
 from .planning import plan, shared_prefixes
 from .prefix_cache import PrefixCache
+from .prompts import EOS
 from .reading import as_iterator
 from .tokenizer import Tokenizer
 from .weights.build import load_model
-from .weights.find import find
+from .weights.find import base_directory, find
 
 MAX_LENGTH = 8192
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -40,20 +43,23 @@ class Pretrained:
     concern the calls of all of them. A process forked from one that has computed has one thread, and a warning says so.
     """
 
-    needs_lm_head = False
+    jobs: tuple[str, ...]
+    """What checkpoints of this class are for, as ``Layout.job`` has it."""
 
     def __init__(
-        self, model: Qwen3Model, tokenizer: Tokenizer, *, max_length: int = MAX_LENGTH, prefix_cache_tokens: int = 0
+        self, model: Qwen3Model, tokenizer: Tokenizer, *, max_length: int | None = None, prefix_cache_tokens: int = 0
     ) -> None:
         limit = model.config.max_position_embeddings
+        if max_length is None:
+            max_length = min(MAX_LENGTH, limit, model.layout.max_length or limit)
         check_int("max_length", max_length, 1)
         check_int("prefix_cache_tokens", prefix_cache_tokens, 0)
-        if max_length > limit and max_length != MAX_LENGTH:
+        if max_length > limit:
             raise InputError(f"max_length: expected at most {limit}, the model's limit, found {max_length}")
         tokenizer.check_vocabulary(model.embed_tokens.num_embeddings)
         self.model = model
         self.tokenizer = tokenizer
-        self.max_length = min(max_length, limit)
+        self.max_length = max_length
         self.prefix_cache = PrefixCache(prefix_cache_tokens)
         if any(weight.untyped_storage().resizable() for weight in model.parameters()):
             use_threads()  # weights that are not pages of a file were converted, by threads
@@ -67,7 +73,8 @@ class Pretrained:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         ops: str | Ops = "auto",
-        max_length: int = MAX_LENGTH,
+        job: str | None = None,
+        max_length: int | None = None,
         split_special_tokens: bool = False,
         prefix_cache_tokens: int = 0,
     ) -> Self:
@@ -83,7 +90,10 @@ class Pretrained:
                 int8`` shows the price.
             device: None is the first GPU, else the CPU.
             ops: a set of operations, or its name (``ops.resolve``).
-            max_length: tokens per input, template included; longer inputs lose content.
+            job: ``"embedding"`` or ``"reranker"``, where the files declare another or none: with the model cards'
+                surroundings, then.
+            max_length: tokens per input, template included; longer inputs lose content. By default the checkpoint's, at
+                most 8192.
             split_special_tokens: see ``Tokenizer``.
             prefix_cache_tokens: size of the LRU cache of prompts' and queries' keys and values (``PrefixCache``); 0.6B
                 takes 0.2 MB a token in float32.
@@ -93,25 +103,40 @@ class Pretrained:
             InputError: for the options.
         """
         directory = find(path_or_id, revision=revision)
+        layout = Layout.from_directory(directory, job=job)
+        cls._check_job(layout, directory)
+        tokenizer = open_tokenizer(directory, layout, split_special_tokens=split_special_tokens)
+        layout = replace(layout, opening=tuple(tokenizer.opening), closing=tuple(tokenizer.closing))
+        lm_head = cls.jobs == ("reranker",) and layout.score == "lm_head"
         return cls(
-            load_model(directory, dtype=dtype, device=device, ops=ops, lm_head=cls.needs_lm_head),
-            Tokenizer(directory / "tokenizer.json", split_special_tokens=split_special_tokens),
+            load_model(directory, dtype=dtype, device=device, ops=ops, lm_head=lm_head, layout=layout),
+            tokenizer,
             max_length=max_length,
             prefix_cache_tokens=prefix_cache_tokens,
-            **cls.read_settings(directory),
         )
 
     @classmethod
-    def read_settings(cls, directory: Path) -> dict[str, Any]:
-        """More arguments of ``__init__``, from the checkpoint's other files."""
-        return {}
+    def _check_job(cls, layout: Layout, directory: Path) -> None:
+        """Raise CheckpointError where the files declare a job that is not of this class; warn where they say none."""
+        job = cls.jobs[0]
+        if layout.job is None or (layout.job == "chat" and job == "embedding"):
+            warn(
+                f"{directory}: expected modules.json, which says what a checkpoint is for, found none: it is opened as "
+                f"the model cards do for the job {job!r}, and base and chat models are not trained for that "
+                f"(job={job!r} says that it is right)"
+            )
+        elif layout.job not in cls.jobs:
+            raise CheckpointError(
+                f"{directory}: expected a checkpoint for the job {job!r}, found one for {layout.job!r} "
+                f"(job={job!r} opens it all the same, as the model cards do)"
+            )
 
     def to_sequences(self, texts: list[str]) -> list[list[int]]:
         """Token ids of whole sequences, ready for the model. Called in a thread for the next texts."""
         raise NotImplementedError
 
-    def compute(self, batch: PackedBatch, **options: Any) -> Tensor:
-        """One result for each text of a batch: [N, ...]."""
+    def compute(self, batch: PackedBatch, **options: Any) -> Any:
+        """One result for each text of a batch: [N, ...], or a list."""
         raise NotImplementedError
 
     @property
@@ -127,23 +152,23 @@ class Pretrained:
         weights = self.model.get_parameter("layers.0.mlp.gate_proj.weight").dtype
         return (
             f"{type(self).__name__}(dtype={self.dtype}, weights={weights}, device={str(self.device)!r}, "
-            f"max_length={self.max_length}, ops={self.model.ops})"
+            f"max_length={self.max_length}, ops={self.model.ops}, layout={self.model.layout})"
         )
 
     def run(
         self,
         texts: Sequence[str],
         prefixes: Sequence[Prefix],
-        shape: tuple[int, ...],
+        shape: tuple[int, ...] | None,
         *,
         batch_tokens: int | None = None,
         show_progress_bar: bool | None = None,
         **options: Any,
-    ) -> Tensor:
+    ) -> Any:
         """``compute(batch, **options)`` of all texts, in batches: rows [N, *shape] float32, in the order given.
 
         prefixes: for each text, ids that its sequence may begin with; what all sequences of one prefix begin with is
-        computed once.
+        computed once. shape: None for results of different shapes, of which a list is made.
 
         Raises InputError for texts or options, and where a result is not finite, naming the text and the point.
         """
@@ -157,20 +182,29 @@ class Pretrained:
                 raise InputError(f"{name}: expected finite numbers, found inf or nan")
         first_equal = self._deduplicate(texts)
         distinct = list(dict.fromkeys(first_equal))
-        out = torch.empty(len(texts), *shape, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        out: Any = [None] * len(texts)
+        if shape is not None:
+            out = torch.empty(len(texts), *shape, dtype=dtype, device=self.device)
         disable = None if show_progress_bar is None else not show_progress_bar  # None: unless on a terminal
         with torch.no_grad(), tqdm(total=len(distinct), disable=disable, delay=1, unit="text", leave=False) as bar:
             for batch in self._batches(texts, prefixes, distinct, batch_tokens):
-                out[batch.indices] = self.compute(batch, **options)
+                results = self.compute(batch, **options)
+                if shape is not None:
+                    out[batch.indices] = results
+                else:
+                    for index, result in zip(batch.indices.tolist(), results, strict=True):
+                        out[index] = result
                 bar.update(len(batch.indices))
-        out = out if len(distinct) == len(texts) else out[first_equal]
-        if not is_finite(out):
+        if len(distinct) != len(texts):
+            out = out[first_equal] if shape is not None else [out[i] for i in first_equal]
+        if not (is_finite(out) if shape is not None else all(map(is_finite, out))):
             self._raise_not_finite(texts, out, **options)
         return out
 
-    def _raise_not_finite(self, texts: Sequence[str], out: Tensor, **options: Any) -> NoReturn:
+    def _raise_not_finite(self, texts: Sequence[str], out: Iterable[Tensor], **options: Any) -> NoReturn:
         """Raise InputError for the first row of ``out`` that is not finite, whose text is computed again, alone."""
-        index = int((~out.isfinite()).reshape(len(out), -1).any(1).nonzero()[0])
+        index = next(i for i, row in enumerate(out) if not is_finite(row))
         batch = pack(self.to_sequences([texts[index]]), device=self.device, indices=[index])
         points: list[str] = []
 
@@ -187,7 +221,7 @@ class Pretrained:
             self.model.hooks.remove(look)
         if points:
             where = f"first in {points[0]}"
-        elif is_finite(again):
+        elif all(map(is_finite, again)):
             where = "but none when it is computed alone: they come from its batch, or from chance"
         else:
             where = "first after the layers"
@@ -244,6 +278,27 @@ class Pretrained:
                 prefixes=[shared[i] for i in group],
                 prefix_kv=cached,
             )
+
+
+def open_tokenizer(directory: Path, layout: Layout, *, split_special_tokens: bool = False) -> Tokenizer:
+    """A checkpoint's tokenizer with what its layout says; an adapter without one has its base's. Raises CheckpointError.
+
+    Warns where tokenizer.json closes texts by nothing and ``<|endoftext|>`` is appended all the same.
+    """
+    path = directory / "tokenizer.json"
+    tokenizer = Tokenizer(
+        path if path.exists() else base_directory(directory) / path.name,
+        split_special_tokens=split_special_tokens,
+        template=layout.template,
+        lower_case=layout.lower_case,
+        closes=layout.pooling == LAST_TOKEN,
+    )
+    if tokenizer.appends_eos and layout.job == "embedding":
+        warn(
+            f"{path}: expected a post_processor that closes texts by {EOS}, found none: it is appended here, as the "
+            "official checkpoints do, and not in sentence-transformers"
+        )
+    return tokenizer
 
 
 def is_finite(x: Tensor) -> bool:

@@ -1,9 +1,11 @@
 """Every template of the six checkpoints, as literal strings.
 
 Sources: the model cards of Qwen3-Embedding and Qwen3-Reranker (transformers usage) and the embedding
-checkpoints' ``config_sentence_transformers.json``. The reranker's template is never taken from the repository's
-chat template, which changed in 2026 and no longer gives these bytes.
+checkpoints' ``config_sentence_transformers.json``. A checkpoint that declares others has those (layout.py).
 """
+
+import re
+from dataclasses import dataclass
 
 EOS = "<|endoftext|>"
 """Closes every embedding input, once; its position is the one that is pooled."""
@@ -28,6 +30,33 @@ def embedding_query(instruction: str) -> str:
     return EMBEDDING_QUERY.format(instruction=instruction)
 
 
-def reranker_body(instruction: str, query: str, document: str) -> str:
-    """The part of the reranker's input that depends on the pair, and the only part that may be truncated."""
-    return RERANKER_BODY.format(instruction=instruction, query=query, document=document)
+FIELDS = ("{instruction}", "{query}", "{document}")
+
+
+@dataclass(frozen=True)
+class Template:
+    """A reranker's input: ``prefix + body + suffix``; the body alone depends on the pair, and may be truncated."""
+
+    prefix: str
+    body: tuple[str, ...]
+    """Texts, and between them ``FIELDS``."""
+    suffix: str
+
+    def fill(self, instruction: str, query: str, document: str) -> str:
+        """The body of a pair."""
+        values = dict(zip(FIELDS, (instruction, query, document), strict=True))
+        return "".join(values.get(part, part) for part in self.body)
+
+    def start(self, instruction: str, query: str | None = None) -> str:
+        """How the bodies of all pairs of an instruction, and of a query if given, begin."""
+        values = dict(zip(FIELDS, (instruction, query, None), strict=True))
+        text = ""
+        for part in self.body:
+            value = values.get(part, part)
+            if value is None:
+                break
+            text += value
+        return text
+
+
+RERANKER = Template(RERANKER_PREFIX, tuple(re.split(f"({'|'.join(FIELDS)})", RERANKER_BODY)), RERANKER_SUFFIX)

@@ -152,13 +152,44 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 @declare(last_token=True)
-def pool(hidden_states: Tensor, cu_seqlens: Tensor, dim: int, normalize: bool) -> Tensor:
+def pool(
+    hidden_states: Tensor,
+    cu_seqlens: Tensor,
+    dim: int,
+    normalize: bool,
+    *,
+    modes: tuple[str, ...] = ("lasttoken",),
+    prompt_length: int = 0,
+) -> Tensor:
     """Last token of each sequence, cut to ``dim``, then L2-normalised; [T, H] to [N, dim], in float32.
 
-    The cut comes before the norm (Matryoshka representation learning, arXiv:2205.13147).
+    The cut comes before the norm (Matryoshka representation learning, arXiv:2205.13147). Other ``modes``, and several
+    side by side, are those of sentence-transformers' Pooling, over the tokens after the first ``prompt_length``; an
+    operation that takes other modes than the last token has no shortcut.
     """
-    last = at_least_float32(hidden_states[cu_seqlens[1:].long() - 1])[:, :dim]
-    return F.normalize(last, dim=-1) if normalize else last
+    if modes == ("lasttoken",):
+        pooled = at_least_float32(hidden_states[cu_seqlens[1:].long() - 1])[:, :dim]
+    else:
+        rows = [pool_text(x, modes, prompt_length) for x in hidden_states.split(cu_seqlens.diff().tolist())]
+        pooled = torch.stack(rows)[:, :dim]
+    return F.normalize(pooled, dim=-1) if normalize else pooled
+
+
+def pool_text(hidden_states: Tensor, modes: tuple[str, ...], prompt_length: int) -> Tensor:
+    """One text's vectors of several modes, side by side; [length, H] to [len(modes) * H], in float32."""
+    x = at_least_float32(hidden_states)[prompt_length:]
+    if not len(x):
+        raise InputError(f"include_prompt: expected tokens beside the prompt's {prompt_length}, found none")
+    weights = torch.arange(prompt_length + 1, prompt_length + 1 + len(x), device=x.device, dtype=x.dtype)[:, None]
+    functions = {
+        "cls": lambda: x[0],
+        "max": lambda: x.amax(0),
+        "mean": lambda: x.mean(0),
+        "mean_sqrt_len_tokens": lambda: x.sum(0) / len(x) ** 0.5,
+        "weightedmean": lambda: (x * weights).sum(0) / weights.sum(),
+        "lasttoken": lambda: x[-1],
+    }
+    return torch.cat([functions[mode]() for mode in modes])
 
 
 def p_yes(pooled: Tensor, yes_no: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .batch import PackedBatch
-from .errors import InputError, check_int, check_text
+from .errors import CheckpointError, InputError, check_int, check_text
 from .model import Qwen3Model
-from .pretrained import MAX_LENGTH, Pretrained
-from .prompts import DEFAULT_TASK, reranker_body
+from .pretrained import Pretrained
+from .prompts import FIELDS
 from .reading import as_list
 from .tokenizer import Tokenizer
 
@@ -53,13 +53,18 @@ class Reranker(Pretrained):
         (2,)
     """
 
-    needs_lm_head = True
+    jobs = ("reranker",)
 
     def __init__(
-        self, model: Qwen3Model, tokenizer: Tokenizer, *, max_length: int = MAX_LENGTH, prefix_cache_tokens: int = 0
+        self, model: Qwen3Model, tokenizer: Tokenizer, *, max_length: int | None = None, prefix_cache_tokens: int = 0
     ) -> None:
         super().__init__(model, tokenizer, max_length=max_length, prefix_cache_tokens=prefix_cache_tokens)
-        self.yes_id, self.no_id = self.tokenizer.yes_no()
+        layout = model.layout
+        self.answers = layout.answers or (tokenizer.yes_no() if layout.score == "lm_head" else ())
+        """Ids of yes and no, or of yes alone."""
+        rows = model.embed_tokens.num_embeddings
+        if max(self.answers, default=0) >= rows:
+            raise CheckpointError(f"true_token_id, false_token_id: expected ids below {rows}, found {self.answers}")
 
     def rank(
         self,
@@ -72,6 +77,9 @@ class Reranker(Pretrained):
     ) -> list[Hit]:
         """Documents by P(yes), best first, at most ``top_k``; options are those of ``predict``. Raises InputError."""
         documents = as_list("documents", documents)
+        labels = self.model.layout.labels
+        if len(labels) > 1:
+            raise InputError(f"rank: expected a checkpoint of one score, found {len(labels)}: {', '.join(labels)}")
         if top_k is not None:
             check_int("top_k", top_k, 0)
         scores = self.predict([(query, document) for document in documents], **options)
@@ -97,38 +105,43 @@ class Reranker(Pretrained):
         convert_to_tensor: bool = False,
         show_progress_bar: bool | None = None,
     ) -> Any:
-        """P(yes) that each document meets its query.
+        """P(yes) that each document meets its query, or the scores of ``layout.labels`` where there are several.
 
         Args:
             pairs: (query, document) tuples, or a single one.
-            instruction: what a document must do for its query, in one sentence; the model card's by default.
+            instruction: what a document must do for its query, in one sentence; the checkpoint's by default.
             batch_tokens: most tokens of one batch.
             convert_to_tensor: return a tensor on the model's device in place of a numpy array.
             show_progress_bar: None shows it on a terminal.
 
         Returns:
-            [n] float32; one number for a single pair.
+            [n] float32, or [n, labels]; one number, or row, for a single pair.
 
         Raises:
             InputError: for what is no pair of texts, or an option that cannot be.
         """
         pairs = as_list("pairs", pairs)
         single = len(pairs) == 2 and all(isinstance(part, str) for part in pairs)
-        task = DEFAULT_TASK if instruction is None else instruction
+        layout, template = self.model.layout, self.tokenizer.template
+        task = layout.instruction if instruction is None else instruction
         check_text("instruction", task)
+        if instruction is not None and FIELDS[0] not in template.body:
+            raise InputError(
+                f"instruction: expected none, which this checkpoint's template cannot hold, found {task!r}"
+            )
         checked = _checked([pairs] if single else pairs)
         # All pairs of a query begin with it; those of queries with a single pair, with what comes before any query.
         counts = Counter(query for query, _ in checked)
-        starts = {query: reranker_body(task, query if n > 1 else "", "") for query, n in counts.items()}
+        starts = {query: template.start(task, query if n > 1 else None) for query, n in counts.items()}
         token_ids = self.tokenizer.encode(list(starts.values()))
         prefixes = {query: (*self.tokenizer.prefix, *ids) for query, ids in zip(starts, token_ids, strict=True)}
         scores = self.run(
-            [reranker_body(task, query, document) for query, document in checked],
+            [template.fill(task, query, document) for query, document in checked],
             [prefixes[query] for query, _ in checked],
-            (),
+            () if len(layout.labels) == 1 else (len(layout.labels),),
             batch_tokens=batch_tokens,
             show_progress_bar=show_progress_bar,
-            yes_no=self.yes_no,
+            weight=self.model.score_weight(self.answers),
         )
         result = scores[0] if single else scores
         return result if convert_to_tensor else result.cpu().numpy()
@@ -137,12 +150,7 @@ class Reranker(Pretrained):
         return self.tokenizer.reranking(texts, self.max_length)
 
     def compute(self, batch: PackedBatch, **options: Any) -> Tensor:
-        return self.model.score(batch, **options)
-
-    @property
-    def yes_no(self) -> Tensor:
-        """The rows of yes and no [2, H] of the lm_head."""
-        return self.model.lm_head_rows((self.yes_id, self.no_id))
+        return self.model.scores(batch, **options)
 
 
 def _checked(pairs: Iterable[Sequence[str]]) -> list[tuple[str, str]]:

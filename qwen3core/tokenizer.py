@@ -1,29 +1,37 @@
 """Text to token ids by the checkpoints' conventions: only content is ever truncated, never EOS, never a template."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import normalizers
 
 from . import prompts
 from .errors import CheckpointError, InputError, check_texts, warn
+from .prompts import FIELDS, RERANKER, Template
 
 
 class Tokenizer:
     """A checkpoint's tokenizer.json.
 
-    Its post-processor, truncation and padding are not used: whether or not it appends ``<|endoftext|>``, this class
-    does so exactly once for embedding and never for reranking. Threads may share a tokenizer; copies keep its settings.
+    Of its post-processor only the tokens that it puts around a text are used, of embedding inputs: ``opening`` and
+    ``closing``; its truncation and padding are not. Threads may share a tokenizer; copies keep its settings.
 
     Args:
         path: a tokenizer.json.
         split_special_tokens: read text that spells a special token (``<|im_end|>``) as plain text, for texts that are
             not trusted; by default it becomes that token, as in transformers. As there, tokens that tokenizer.json
             does not mark as special (``<think>``, ``<tool_call>``) are recognised either way; they cannot end a turn.
+        template: what surrounds a reranker's pair.
+        lower_case: put text in lower case first.
+        closes: where tokenizer.json closes texts by nothing, ``<|endoftext|>`` does, exactly once.
 
     Raises:
-        CheckpointError: where the file is missing, broken, or has no ``<|endoftext|>``.
+        CheckpointError: where the file is missing, broken, or has no ``<|endoftext|>``; for a template that cannot be
+            split into a beginning, what may be truncated, and an end.
+        InputError: for split_special_tokens where the template has special tokens between query and document.
 
     Example:
         >>> tokenizer = Tokenizer(find("tiny-embedding") / "tokenizer.json")
@@ -32,7 +40,15 @@ class Tokenizer:
         'gravity<|endoftext|>'
     """
 
-    def __init__(self, path: str | Path, *, split_special_tokens: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        split_special_tokens: bool = False,
+        template: Template = RERANKER,
+        lower_case: bool = False,
+        closes: bool = True,
+    ) -> None:
         self.path = Path(path)
         self.split_special_tokens = split_special_tokens
         if not self.path.is_file():
@@ -44,11 +60,27 @@ class Tokenizer:
             raise CheckpointError(f"{self.path}: expected a tokenizer, found something else ({error})") from error
         self.backend.no_truncation()
         self.backend.no_padding()
+        if lower_case:  # first of all, as sentence-transformers does it
+            others = [self.backend.normalizer] if self.backend.normalizer else []
+            self.backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *others])
         added = self.backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         self.backend.encode_special_tokens = False
-        self.eos = self._single(prompts.EOS)
-        self.prefix, self.suffix = self.encode([prompts.RERANKER_PREFIX, prompts.RERANKER_SUFFIX])
+        self.eos = self.single(prompts.EOS)
+        self.opening, self.closing = self._post_processor()
+        self.appends_eos = closes and not self.closing
+        if self.appends_eos:
+            self.closing = [self.eos]
+        self.template = self._split(template)
+        self.prefix, self.suffix, fixed = self.encode(
+            [self.template.prefix, self.template.suffix, self.template.fill("", "", "")]
+        )
+        self._fixed_special = self._special(fixed)
+        if split_special_tokens and self._fixed_special:
+            raise InputError(
+                "split_special_tokens: expected a template without special tokens between query and document, found "
+                f"{self.template.body!r}"
+            )
         # Once and for all, after the templates: threads share the backend.
         self.backend.encode_special_tokens = split_special_tokens
 
@@ -64,11 +96,11 @@ class Tokenizer:
 
     def embedding(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
         """Ids of each text, then EOS; at most ``max_length`` each, with one warning for all that were truncated."""
-        return self.append_eos(self.encode(texts), max_length)
+        return self.close(self.encode(texts), max_length)
 
-    def append_eos(self, token_ids: list[list[int]], max_length: int) -> list[list[int]]:
-        """Each text's ids, cut to leave place for it, and EOS."""
-        return self._truncate(token_ids, [], [self.eos], max_length)
+    def close(self, token_ids: list[list[int]], max_length: int) -> list[list[int]]:
+        """Each text's ids, cut to leave place for them, between the opening and the closing tokens."""
+        return self._truncate(token_ids, self.opening, self.closing, max_length)
 
     def reranking(self, bodies: Sequence[str], max_length: int) -> list[list[int]]:
         """Prefix, body, suffix, joined as ids; the body alone is truncated. Warns where a body holds special tokens."""
@@ -76,7 +108,7 @@ class Tokenizer:
 
     def apply_template(self, token_ids: list[list[int]], max_length: int) -> list[list[int]]:
         """Each body's ids, cut to leave place for them, between the template's prefix and suffix."""
-        special = sum(not self.special_ids.isdisjoint(ids) for ids in token_ids)
+        special = sum(self._special(ids) > self._fixed_special for ids in token_ids)
         if special:
             warn(
                 f"{special} of {len(token_ids)} inputs contain special tokens such as <|im_end|>, which can close the "
@@ -86,7 +118,7 @@ class Tokenizer:
 
     def yes_no(self) -> tuple[int, int]:
         """Ids of the two answers. Raises CheckpointError where one is not a single token."""
-        return self._single(prompts.YES), self._single(prompts.NO)
+        return self.single(prompts.YES), self.single(prompts.NO)
 
     def check_vocabulary(self, rows: int) -> None:
         """Raise CheckpointError unless this vocabulary fits an embedding matrix of ``rows``.
@@ -104,7 +136,8 @@ class Tokenizer:
         """The text of token ids, special tokens included."""
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
-    def _single(self, text: str) -> int:
+    def single(self, text: str) -> int:
+        """The id of a text that is one token. Raises CheckpointError where it is not."""
         try:
             ids = self.encode([text])[0]
         except Exception as error:  # bare again, from models that are not byte-level BPE
@@ -112,6 +145,35 @@ class Tokenizer:
         if len(ids) != 1:
             raise CheckpointError(f"{self.path}: {text!r}: expected one token, found {len(ids)}: {ids}")
         return ids[0]
+
+    def _special(self, ids: list[int]) -> int:
+        return 0 if self.special_ids.isdisjoint(ids) else sum(i in self.special_ids for i in ids)
+
+    def _post_processor(self) -> tuple[list[int], list[int]]:
+        """The ids that the post-processor puts before and after a text."""
+        plain, whole = (self.backend.encode("a", add_special_tokens=flag).ids for flag in (False, True))
+        for start in range(len(whole) - len(plain) + 1):
+            if whole[start : start + len(plain)] == plain:
+                return whole[:start], whole[start + len(plain) :]
+        raise CheckpointError(f"{self.path}: post_processor: expected tokens around a text, found others inside it")
+
+    def _split(self, template: Template) -> Template:
+        """The template with its fixed beginning and end, up to the nearest special tokens, outside of its body.
+
+        There, and nowhere else, ids of the parts are those of the whole.
+        """
+        added = self.backend.get_added_tokens_decoder().values()
+        apart = [t.content for t in added if not (t.lstrip or t.rstrip or t.single_word or t.normalized)]
+        token = re.compile("|".join(map(re.escape, sorted(apart, key=len, reverse=True))) or "(?!)")
+        first, *body = template.body if template.body[0] not in FIELDS else ("", *template.body)
+        *body, last = body if body[-1] not in FIELDS else (*body, "")
+        start = max((match.end() for match in token.finditer(first)), default=0)
+        if last and not token.match(last):
+            raise CheckpointError(
+                f"{self.path.parent}: chat template: expected a special token after the last of query and document, "
+                f"where truncation ends, found {last!r}"
+            )
+        return Template(template.prefix + first[:start], (first[start:], *body), last + template.suffix)
 
     @staticmethod
     def _truncate(token_ids: list[list[int]], prefix: list[int], suffix: list[int], max_length: int) -> list[list[int]]:

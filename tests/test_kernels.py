@@ -534,9 +534,9 @@ def test_whole_model(kind, counts, device, request):
         model = load_model(directory, dtype=dtype, ops=ops, device=device, lm_head=kind == "reranker")
         batch = pack([[*range(200 * n + 3, 200 * n + 3 + count)] for n, count in enumerate(counts)], device=device)
         yes_no = (model.lm_head or model.embed_tokens).weight[[3, 4]]
-        out = model.embed(batch, dim=40) if kind == "embedding" else model.score(batch, yes_no)
+        out = model.embed(batch, dim=40) if kind == "embedding" else model.scores(batch, yes_no[:1] - yes_no[1:])
         with capture(model, "layers.*.resid_mid", "final_norm") as acts, torch.no_grad():
-            hooked = model.embed(batch, dim=40) if kind == "embedding" else model.score(batch, yes_no)
+            hooked = model.embed(batch, dim=40) if kind == "embedding" else model.scores(batch, yes_no[:1] - yes_no[1:])
         (out * torch.linspace(-1, 1, out.numel()).view_as(out).to(out)).sum().backward()
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         found = [out, hooked, acts["final_norm"], acts["layers.3.resid_mid"], *grads]

@@ -98,8 +98,8 @@ def cut_after_normalise(hidden_states, cu_seqlens, dim, normalize):
 
 def token_ids(change):
     """Change the sequences that are embedded."""
-    right = Tokenizer.append_eos
-    return lambda patch: patch.setattr(Tokenizer, "append_eos", lambda self, *a: [change(s) for s in right(self, *a)])
+    right = Tokenizer.close
+    return lambda patch: patch.setattr(Tokenizer, "close", lambda self, *a: [change(s) for s in right(self, *a)])
 
 
 def swap_yes_no(patch):

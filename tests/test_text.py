@@ -196,7 +196,7 @@ def assert_same_ids(both, text, budget, split):
     )["input_ids"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ours = both.ours[split][1].reranking([prompts.reranker_body(TASK, text[:20], text)], length)
+        ours = both.ours[split][1].reranking([prompts.RERANKER.fill(TASK, text[:20], text)], length)
     assert ours == [prefix + inner + suffix]
 
 
@@ -241,7 +241,7 @@ def test_templates_are_the_literals():
     assert prompts.EMBEDDING_PROMPTS == {"query": QUERY_PROMPT, "document": ""}
     assert prompts.embedding_query("T") == "Instruct: T\nQuery:"
     assert (prompts.RERANKER_PREFIX, prompts.RERANKER_SUFFIX) == (PREFIX, SUFFIX)
-    assert prompts.reranker_body("I", "{query}", "D") == "<Instruct>: I\n<Query>: {query}\n<Document>: D"
+    assert prompts.RERANKER.fill("I", "{query}", "D") == "<Instruct>: I\n<Query>: {query}\n<Document>: D"
 
 
 def test_templates_equal_the_facts(facts):

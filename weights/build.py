@@ -7,9 +7,11 @@ import torch
 
 from qwen3core.config import Qwen3Config
 from qwen3core.errors import CheckpointError
+from qwen3core.layout import Layout
 from qwen3core.model import Qwen3Model
 from qwen3core.ops import Ops, resolve
 
+from .find import base_directory
 from .precision import as_device, choose, quantize
 from .tensors import Tensors
 
@@ -21,6 +23,7 @@ def load_model(
     device: str | torch.device | None = None,
     ops: str | Ops = "auto",
     lm_head: bool = False,
+    layout: Layout | None = None,
 ) -> Qwen3Model:
     """A model with the checkpoint's weights, in eval mode; every key, shape and dtype is checked.
 
@@ -31,6 +34,7 @@ def load_model(
         device: None is the first GPU, else the CPU.
         ops: a set of operations, or its name (``ops.resolve``).
         lm_head: load an untied output matrix too, as rerankers need it.
+        layout: what surrounds the decoder; by default, what the directory declares.
 
     Returns:
         A model whose tensors are pages of the file where dtype and device leave them as stored: opening copies nothing.
@@ -45,7 +49,7 @@ def load_model(
         torch.Size([256, 256])
     """
     where = as_device(device)
-    model, tensors = open_model(directory, ops=resolve(ops, where), lm_head=lm_head)
+    model, tensors = open_model(directory, ops=resolve(ops, where), lm_head=lm_head, layout=layout)
     target, model.dtype = choose(dtype, where, model, tensors)
     model.load_state_dict({name: tensors[name].to(where, target) for name in model.state_dict()}, assign=True)
     if dtype == "int8":
@@ -53,12 +57,15 @@ def load_model(
     return model
 
 
-def open_model(directory: str | Path, *, ops: str | Ops = "auto", lm_head: bool = False) -> tuple[Qwen3Model, Tensors]:
+def open_model(
+    directory: str | Path, *, ops: str | Ops = "auto", lm_head: bool = False, layout: Layout | None = None
+) -> tuple[Qwen3Model, Tensors]:
     """A model on the meta device and the tensors that fit it, strictly checked, none of them read yet.
 
     Raises CheckpointError.
     """
-    config = Qwen3Config.from_file(Path(directory) / "config.json")
+    layout = layout or Layout.from_directory(directory)
+    config = Qwen3Config.from_file(base_directory(Path(directory)) / "config.json")
     tensors = Tensors(directory)
     tensors.require_layers(config.num_hidden_layers)
     rows, *_ = tensors.shape("embed_tokens.weight") or (0,)  # the tensor is right; config.json may be padded
@@ -66,7 +73,7 @@ def open_model(directory: str | Path, *, ops: str | Ops = "auto", lm_head: bool 
     untied = lm_head and not config.tie_word_embeddings
     try:
         with torch.device("meta"):
-            model = Qwen3Model(replace(config, vocab_size=rows), ops, lm_head=untied)
+            model = Qwen3Model(replace(config, vocab_size=rows), ops, lm_head=untied, layout=layout)
     except (RuntimeError, TypeError) as error:
         raise CheckpointError(f"{directory}/config.json: expected the sizes of a model, found {config}") from error
     for name, parameter in model.state_dict().items():

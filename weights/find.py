@@ -50,6 +50,11 @@ def find(path_or_id: str | Path, *, revision: str | None = None) -> Path:
         ) from error
 
 
+def base_directory(directory: Path) -> Path:
+    """The directory itself, or that of the base of an adapter."""
+    return directory
+
+
 def _snapshot(name: str, revision: str | None, *, local_files_only: bool) -> Path:
     return Path(
         huggingface_hub.snapshot_download(

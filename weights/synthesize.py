@@ -79,6 +79,8 @@ def synthesize(
         for name, data in _json_files(layout, tok).items():
             (part / name).parent.mkdir(exist_ok=True)
             (part / name).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if layout.kind == "reranker":
+            (part / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
         _write_tokenizer(part, layout, tok)
         if official and official.exists():
             shutil.copyfile(official, part / official.name)
@@ -101,15 +103,32 @@ def _json_files(layout: Layout, tok: tokenizers.Tokenizer) -> dict[str, Any]:
         "tokenizer_config.json": settings,
     }
     if layout.kind == "embedding":
-        modules = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
-        files["modules.json"] = [
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
-            for i, (path, name) in enumerate(modules.items())
-        ]
+        modules = {"": "models.Transformer", "1_Pooling": "models.Pooling", "2_Normalize": "models.Normalize"}
         pooling = {"word_embedding_dimension": layout.config.hidden_size, "pooling_mode_lasttoken": True}
         files["1_Pooling/config.json"] = {**pooling, "include_prompt": True}
         stored = {"prompts": prompts.EMBEDDING_PROMPTS, "default_prompt_name": None, "similarity_fn_name": "cosine"}
-        files["config_sentence_transformers.json"] = stored
+    else:
+        scoring = "cross_encoder.modules.logit_score.LogitScore"
+        modules = {"": "base.modules.transformer.Transformer", "1_LogitScore": scoring}
+        yes, no = (tok.encode(text, add_special_tokens=False).ids[0] for text in (prompts.YES, prompts.NO))
+        files["1_LogitScore/config.json"] = {"true_token_id": yes, "false_token_id": no}
+        output = {"method": "forward", "method_output_name": "logits"}
+        files["sentence_bert_config.json"] = {
+            "transformer_task": "text-generation",
+            "modality_config": {"text": output, "message": {**output, "format": "flat"}},
+            "module_output_name": "causal_logits",
+        }
+        stored = {
+            "activation_fn": "torch.nn.modules.linear.Identity",
+            "default_prompt_name": "query",
+            "model_type": "CrossEncoder",
+            "prompts": {"query": prompts.DEFAULT_TASK},
+        }
+    files["modules.json"] = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.{name}"}
+        for i, (path, name) in enumerate(modules.items())
+    ]
+    files["config_sentence_transformers.json"] = stored
     return files
 
 
@@ -177,6 +196,19 @@ def _weight(name: str, shape: torch.Size, seed: int, config: Qwen3Config) -> Ten
         scale *= 2 * residual * config.num_hidden_layers**-0.5
     return torch.randn(shape, generator=generator) * scale
 
+
+_CONTENT = '{{ messages | selectattr("role", "eq", "%s") | map(attribute="content") | first%s }}'
+CHAT_TEMPLATE = (
+    prompts.RERANKER_PREFIX
+    + prompts.RERANKER.fill(
+        _CONTENT % ("system", f' | default("{prompts.DEFAULT_TASK}")'),
+        _CONTENT % ("query", ""),
+        _CONTENT % ("document", ""),
+    )
+    + prompts.RERANKER_SUFFIX
+    + "\n"  # which jinja2 takes away
+)
+"""The reranker's template for sentence-transformers, which asks for it."""
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import InputError
-from ..pretrained import MAX_LENGTH, Pretrained
+from ..pretrained import Pretrained
 
 Commands = Any  # argparse's own type of ``add_subparsers`` is private
 Opened = TypeVar("Opened", bound=Pretrained)
@@ -31,11 +31,19 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ops", default="auto", help="auto, reference, torch, prepacked or triton")
 
 
+def add_job(parser: argparse.ArgumentParser) -> None:
+    """Add ``--job``."""
+    about = "what the checkpoint is for, where its files say something else, or nothing"
+    parser.add_argument("--job", choices=("embedding", "reranker"), help=about)
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of running an open model: dtype, device, ops, max_length."""
+    """Add the options of running an open model: dtype, device, ops, job, max_length."""
     parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, int8")
     add_device(parser)
-    parser.add_argument("--max-length", type=int, default=MAX_LENGTH, help="tokens per input, template included")
+    add_job(parser)
+    about = "tokens per input, template included; by default the checkpoint's, at most 8192"
+    parser.add_argument("--max-length", type=int, help=about)
 
 
 def add_split_special_tokens(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +55,7 @@ def add_split_special_tokens(parser: argparse.ArgumentParser) -> None:
 
 def open_pretrained(kind: type[Opened], args: argparse.Namespace, **changed: Any) -> Opened:
     """The checkpoint that the arguments name, with their options; changed: in place of theirs."""
-    names = ("model", "revision", "dtype", "device", "ops", "max_length", "split_special_tokens")
+    names = ("model", "revision", "dtype", "device", "ops", "job", "max_length", "split_special_tokens")
     options = {name: value for name, value in vars(args).items() if name in names} | changed
     return kind.from_pretrained(options.pop("model"), **options)
 

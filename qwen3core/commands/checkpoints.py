@@ -3,9 +3,12 @@
 import argparse
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
-from .. import parity, prompts
+from .. import parity
+from ..layout import Layout
+from ..pretrained import open_tokenizer
 from ..tokenizer import Tokenizer
 from ..weights import merge, synthesize
 from ..weights.build import open_model
@@ -18,7 +21,6 @@ def register(commands: Commands) -> None:
     """Add this group's commands and their arguments."""
     parser = add_command(commands, "parity", compare, "compare with transformers, layer by layer")
     add_inputs(parser, "texts to compare on", "--inputs")
-    parser.add_argument("--kind", default="auto", choices=("auto", "embedding", "reranker"))
     add_model_options(parser)
     add_command(commands, "inspect", inspect, "configuration, tensors and tokenizer self-check")
     about = "write a checkpoint with random weights in the official layout"
@@ -39,7 +41,7 @@ def compare(args: argparse.Namespace) -> int:
     require("transformers", "transformers")
     inputs = read_inputs(args.inputs, args.text) if args.inputs or args.text else ()
     texts = [text_of(row, "text", where) for row, where in inputs]
-    options = {name: getattr(args, name) for name in ("revision", "kind", "dtype", "ops", "device", "max_length")}
+    options = {name: getattr(args, name) for name in ("revision", "job", "dtype", "ops", "device", "max_length")}
     report = parity.parity(args.model, texts=texts or None, **options)
     print(report)
     print(f"\n{'Equal within tolerance.' if report.ok else 'NOT equal within tolerance.'}")
@@ -49,14 +51,17 @@ def compare(args: argparse.Namespace) -> int:
 def inspect(args: argparse.Namespace) -> int:
     """Print configuration, tensors and checks of the tokenizer; the exit status is 1 where one fails."""
     directory = find(args.model, revision=args.revision)
-    model, tensors = open_model(directory)
+    layout = Layout.from_directory(directory)
+    model, tensors = open_model(directory, layout=layout)
     print(directory, *(f"  {name}: {value}" for name, value in vars(model.config).items()), sep="\n")
+    tokenizer = open_tokenizer(directory, layout)
+    layout = replace(layout, opening=tuple(tokenizer.opening), closing=tuple(tokenizer.closing))
+    print("\naround the decoder", *(f"  {name}: {value!r}" for name, value in vars(layout).items()), sep="\n")
     parameters = sum(math.prod(tensors.shape(name)) for name in tensors)
     print(f"\n{len(list(tensors))} tensors, {parameters:,} parameters; layers 1 and up repeat the shapes of layer 0:")
     for name in tensors:
         if not name.startswith("layers.") or name.startswith("layers.0."):
             print(f"  {name:44} {tensors.dtype(name).removeprefix('torch.'):9} {list(tensors.shape(name))}")
-    tokenizer = Tokenizer(directory / "tokenizer.json")
     tokenizer.check_vocabulary(model.config.vocab_size)
     checks = check_tokenizer(tokenizer)
     print("\ntokenizer")
@@ -67,22 +72,22 @@ def inspect(args: argparse.Namespace) -> int:
 
 def check_tokenizer(tokenizer: Tokenizer) -> dict[str, bool]:
     """Conventions that a tokenizer must follow for either job, in words, and whether it does."""
-    prefix, suffix = tokenizer.prefix, tokenizer.suffix
+    prefix, suffix, template = tokenizer.prefix, tokenizer.suffix, tokenizer.template
+    closing = tokenizer.closing
     embedding = tokenizer.embedding(["gravity"], max_length=8192)[0]
     body = "gravity " * 40
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cut = tokenizer.reranking([body], max_length=len(prefix) + 8 + len(suffix))[0]
-    yes, no = tokenizer.yes_no()
     return {
-        f"{prompts.EOS} ({tokenizer.eos}) closes an embedding input exactly once": embedding[-1] == tokenizer.eos
-        and embedding.count(tokenizer.eos) == 1,
+        f"{tokenizer.decode(closing)!r} ({closing}) closes an embedding input exactly once": not closing
+        or (embedding[-len(closing) :] == closing and embedding.count(closing[-1]) == closing.count(closing[-1])),
         f"the reranker's prefix is {len(prefix)} tokens that decode to its bytes": tokenizer.decode(prefix)
-        == prompts.RERANKER_PREFIX,
+        == template.prefix,
         f"the reranker's suffix is {len(suffix)} tokens that decode to its bytes": tokenizer.decode(suffix)
-        == prompts.RERANKER_SUFFIX,
+        == template.suffix,
         "truncation keeps prefix and suffix": cut == [*prefix, *tokenizer.encode([body])[0][:8], *suffix],
-        f"yes is token {yes} and no is token {no}": yes != no,
+        "yes and no are one token each": len({*tokenizer.yes_no()}) == 2,
     }
 
 

@@ -37,15 +37,16 @@ def evaluate(args: argparse.Namespace) -> int:
     pairs = evaluation.read_sts(args.sts) if args.sts else []
     data = evaluation.read_retrieval(args.retrieval, args.qrels) if args.retrieval else None
     embedder = open_pretrained(Embedder, args)
-    reranker = open_pretrained(Reranker, args, model=args.reranker, revision=None) if args.reranker else None
-    width = embedder.model.config.hidden_size
+    reranker = open_pretrained(Reranker, args, model=args.reranker, revision=None, job=None) if args.reranker else None
+    layout = embedder.model.layout
+    width = layout.width(embedder.model.config.hidden_size)
     for dim in args.dims or ():
         check_int("--dims", dim, 1, width)
     ignore = args.ignore_identical_ids is not False
     if data:
         own = sum(query in data.corpus for query in data.queries) if ignore else 0
         print(*(f"{name} {n}" for name, n in (data.counts() | {"own ids left out": own}).items()), sep="  ", flush=True)
-    for dim in args.dims or [width]:
+    for dim in args.dims or [layout.truncate_dim or width]:
         row: dict[str, float] = {}
         if pairs:
             row["spearman"] = evaluation.sts(embedder, pairs, dim=dim)

@@ -5,24 +5,23 @@ import os
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .. import training
 from ..embedder import Embedder
 from ..errors import InputError
-from ..prompts import DEFAULT_TASK
+from ..layout import Layout
 from ..reranker import Reranker
 from ..training import lora, losses
 from ..training.files import STATE
-from ..weights.find import SHIPPED, find, is_embedding
+from ..weights.find import SHIPPED, find
 from ..weights.tensors import check_apart, rewrite
-from .arguments import Commands, add_command, add_device, open_pretrained
+from .arguments import Commands, add_command, add_device, add_job, open_pretrained
 from .files import text_argument
 
 EMBEDDING_OPTIONS, RERANKER_OPTIONS = ("dims", "temperature", "margin"), ("listwise",)
-"""Options of one kind of model alone; None unless given."""
+"""Options of one job alone; None unless given."""
 
 
 def register(commands: Commands) -> None:
@@ -36,10 +35,10 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, required=True, help="a new directory; after a kill, the same call goes on"
     )
-    parser.add_argument("--kind", default="auto", choices=("auto", "embedding", "reranker"))
+    add_job(parser)
     parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank, merged at the end")
     parser.add_argument(
-        "--instruction", type=text_argument, default=DEFAULT_TASK, help="for queries that have none of their own"
+        "--instruction", type=text_argument, help="for queries that have none of their own; by default as in use"
     )
     parser.add_argument("--max-length", type=int, default=512, help="tokens per input, template included")
     parser.add_argument(
@@ -67,7 +66,12 @@ def train(args: argparse.Namespace) -> int:
     examples = training.read_examples(args.inputs)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # torchrun's
-    embedding = args.kind == "embedding" or (args.kind == "auto" and is_embedding(directory))
+    job = Layout.from_directory(directory, job=args.job).job
+    if job not in ("embedding", "reranker"):
+        raise InputError(
+            f"{directory}: expected a checkpoint for embedding or a reranker, or --job, found {job or 'none'}"
+        )
+    embedding = job == "embedding"
     kind: type[Embedder] | type[Reranker] = Embedder if embedding else Reranker
     opened = open_pretrained(kind, args, dtype="float32")
     task = _task(opened, args, examples)
@@ -98,15 +102,25 @@ def _check_resumable(output: Path) -> None:
 
 def _task(opened: Embedder | Reranker, args: argparse.Namespace, examples: Sequence[training.Example]) -> training.Task:
     kinds = {"embedding": EMBEDDING_OPTIONS, "reranker": RERANKER_OPTIONS}
-    kind = "embedding" if isinstance(opened, Embedder) else "reranker"
+    job = "embedding" if isinstance(opened, Embedder) else "reranker"
     given = {name: value for names in kinds.values() for name in names if (value := getattr(args, name)) is not None}
     for name in given:
-        if name not in kinds[kind]:
-            raise InputError(f"--{name}: expected none with a model of kind {kind}, found {given[name]}")
-    options: dict[str, Any] = {"instruction": args.instruction, "max_length": args.max_length}
+        if name not in kinds[job]:
+            raise InputError(f"--{name}: expected none with a checkpoint for the job {job!r}, found {given[name]}")
     if isinstance(opened, Embedder):
-        task = training.embedding_task(examples, opened.tokenizer, **options, **given)
+        task = training.embedding_task(
+            examples,
+            opened.tokenizer,
+            instruction=args.instruction,
+            query_prompt=opened.query_prompt,
+            document_prompt=opened.prompts.get("document", ""),
+            max_length=args.max_length,
+            **given,
+        )
     else:
+        instruction = opened.model.layout.instruction if args.instruction is None else args.instruction
         loss = losses.listwise if given else losses.pointwise
-        task = training.reranking_task(examples, opened.tokenizer, **options, loss=loss)
+        task = training.reranking_task(
+            examples, opened.tokenizer, instruction=instruction, max_length=args.max_length, loss=loss
+        )
     return replace(task, identity=task.identity | {"lora": args.lora})

@@ -39,7 +39,7 @@ def _check_ranks(name: str, values: np.ndarray) -> None:
 def search(
     embedder: Embedder, data: Retrieval, *, dim: int | None = None, top: int = 100, ignore_identical_ids: bool = True
 ) -> Run:
-    """The ``top`` documents of each query by cosine, of vectors cut to ``dim``.
+    """The ``top`` documents of each query by the checkpoint's similarity, of vectors cut to ``dim``.
 
     ignore_identical_ids: leave out the document that has the query's id, since it is the query itself in sets such as
     ArguAna and Quora. This is BEIR's default; mteb does so for the tasks that say so. Where ids are mere numbers, it
@@ -59,7 +59,7 @@ def search(
     queries = embedder.encode_query(list(data.queries.values()), truncate_dim=dim, convert_to_tensor=True)
     run = {}
     for query, vector in zip(data.queries, queries, strict=True):
-        scores = documents @ vector
+        scores = embedder.similarity(vector, documents)[0]
         if query in own:
             scores[own[query]] = -math.inf
         scores, best = scores.topk(min(top, len(ids) - (query in own)))

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..batch import PackedBatch
 from ..errors import InputError, check_int, check_number
+from ..layout import LAST_TOKEN
 from ..model import Qwen3Model
-from ..prompts import DEFAULT_TASK, embedding_query, reranker_body
-from ..reference import yes_minus_no
+from ..prompts import DEFAULT_TASK, embedding_query
 from ..tokenizer import Tokenizer
 from . import losses
 from .data import Example
@@ -44,7 +44,9 @@ def embedding_task(
     examples: Sequence[Example],
     tokenizer: Tokenizer,
     *,
-    instruction: str = DEFAULT_TASK,
+    instruction: str | None = DEFAULT_TASK,
+    query_prompt: Callable[[str | None], str] = lambda instruction: embedding_query(instruction or DEFAULT_TASK),
+    document_prompt: str = "",
     max_length: int = 512,
     dims: Sequence[int] | None = None,
     temperature: float = 0.02,
@@ -52,13 +54,15 @@ def embedding_task(
 ) -> Task:
     """InfoNCE over the first ``dims`` components of vectors (all, by default); queries carry the instruction.
 
-    instruction: for examples that have none of their own. max_length: tokens per text, prompt included. temperature,
+    instruction: for examples that have none of their own; None is the prompt without one. query_prompt: a function of
+    the instruction, such as ``Embedder.query_prompt``. max_length: tokens per text, prompt included. temperature,
     margin: see ``losses.info_nce``. Raises InputError.
     """
     check_number("temperature", temperature, 0, above=True)
     check_number("margin", margin, 0)
-    prompts = {embedding_query(text) for text in _instructions(examples, instruction)}
-    check_int("max_length", max_length, max(map(len, tokenizer.encode(list(prompts))), default=0) + 2)
+    prompts = [*{query_prompt(e.instruction or instruction) for e in examples}, document_prompt]
+    around = len(tokenizer.opening) + len(tokenizer.closing)
+    check_int("max_length", max_length, max(map(len, tokenizer.encode(prompts))) + around + 1)
 
     def batch(indices: list[int]) -> Batch:
         texts: dict[tuple[str, str], int] = {}
@@ -67,10 +71,13 @@ def embedding_task(
             return texts.setdefault((prompt, text), len(texts))
 
         chosen = [examples[i] for i in indices]
-        query = [number(embedding_query(e.instruction or instruction), e.query) for e in chosen]
-        groups = _groups(query, [[number("", text) for text in (e.positive, *e.negatives)] for e in chosen])
+        query = [number(query_prompt(e.instruction or instruction), e.query) for e in chosen]
+        groups = _groups(
+            query, [[number(document_prompt, text) for text in (e.positive, *e.negatives)] for e in chosen]
+        )
         prompts = dict.fromkeys(prompt for prompt, _ in texts)
-        prefix = dict(zip(prompts, map(tuple, tokenizer.encode(list(prompts))), strict=True))
+        ids = tokenizer.encode(list(prompts))
+        prefix = {prompt: (*tokenizer.opening, *start) for prompt, start in zip(prompts, ids, strict=True)}
         sequences = tokenizer.embedding([prompt + text for prompt, text in texts], max_length)
         return sequences, [prefix[prompt] for prompt, _ in texts], groups
 
@@ -82,8 +89,11 @@ def embedding_task(
         return model.embed(packed, normalize=False)
 
     def check(model: Qwen3Model, batch_size: int) -> None:
+        layout = model.layout
+        if not layout.pooling or not (layout.include_prompt or layout.pooling == LAST_TOKEN):
+            raise InputError("train: expected a checkpoint that pools whole inputs, found one that leaves prompts out")
         for dim in dims or []:
-            check_int("dims", dim, 1, model.config.hidden_size)
+            check_int("dims", dim, 1, layout.width(model.config.hidden_size))
         queries = {(e.instruction or instruction, e.query) for e in examples}
         if (batch_size == 1 or len(queries) == 1) and not any(e.negatives for e in examples):
             raise InputError(
@@ -91,7 +101,7 @@ def embedding_task(
                 f"batch_size {batch_size} and different queries {len(queries)}: nothing to tell a positive from"
             )
 
-    identity = _identity("embedding", examples, tokenizer, instruction, max_length)
+    identity = _identity("embedding", examples, tokenizer, [instruction, *sorted(prompts)], max_length)
     identity |= {"dims": dims and list(dims), "temperature": temperature, "margin": margin}
     return Task(len(examples), batch, outputs, loss, identity, check)
 
@@ -109,28 +119,31 @@ def reranking_task(
     instruction: for examples that have none of their own. max_length: tokens per pair, template included. Raises
     InputError.
     """
-    bodies = [reranker_body(text, "", "") for text in _instructions(examples, instruction)]
+    template = tokenizer.template
+    bodies = [template.fill(text, "", "") for text in _instructions(examples, instruction)]
     around = max(map(len, tokenizer.encode(bodies)), default=0) + len(tokenizer.prefix) + len(tokenizer.suffix)
     check_int("max_length", max_length, around + 1)
-    yes_no = tokenizer.yes_no()
 
     def batch(indices: list[int]) -> Batch:
         bodies: dict[str, int] = {}
 
         def number(example: Example, document: str) -> int:
-            body = reranker_body(example.instruction or instruction, example.query, document)
+            body = template.fill(example.instruction or instruction, example.query, document)
             return bodies.setdefault(body, len(bodies))
 
         chosen = [examples[i] for i in indices]
         groups = _groups([0] * len(chosen), [[number(e, d) for d in (e.positive, *e.negatives)] for e in chosen])
-        [start] = tokenizer.encode([reranker_body(instruction, "", "")])
+        [start] = tokenizer.encode([template.start(instruction)])
         sequences = tokenizer.reranking(list(bodies), max_length)
         return sequences, [(*tokenizer.prefix, *start)] * len(bodies), groups
 
     def outputs(model: Qwen3Model, packed: PackedBatch) -> Tensor:
-        return model.embed(packed, normalize=False) @ yes_minus_no(model.lm_head_rows(yes_no))
+        answers = model.layout.answers or (tokenizer.yes_no() if model.layout.score == "lm_head" else ())
+        return model.logits(packed, model.score_weight(answers))[:, 0]
 
     def check(model: Qwen3Model, batch_size: int) -> None:
+        if len(model.layout.labels) > 1 or model.layout.activation != "Sigmoid":
+            raise InputError(f"train: expected a checkpoint whose score is P(yes), found {model.layout}")
         if not any(e.negatives for e in examples):
             raise InputError("examples: expected negatives (rejected_response), found none: yes would be right always")
 
@@ -144,13 +157,13 @@ def _instructions(examples: Sequence[Example], instruction: str) -> list[str]:
 
 
 def _identity(
-    name: str, examples: Sequence[Example], tokenizer: Tokenizer, instruction: str, max_length: int
+    name: str, examples: Sequence[Example], tokenizer: Tokenizer, instruction: Any, max_length: int
 ) -> dict[str, Any]:
     rows = (json.dumps([e.query, e.positive, e.negatives, e.instruction]) for e in examples)
     return {
         "task": name,
         "examples": digest(rows),
-        "tokenizer": digest([tokenizer.backend.to_str(), str(tokenizer.split_special_tokens)]),
+        "tokenizer": digest([tokenizer.backend.to_str(), str(tokenizer.split_special_tokens), str(tokenizer.template)]),
         "instruction": instruction,
         "max_length": max_length,
     }

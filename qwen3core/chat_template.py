@@ -1,0 +1,91 @@
+"""A checkpoint's chat template (jinja2), read as a ``Template``, whose parts truncation and prefix sharing can use.
+
+It is rendered in jinja2's sandbox with transformers' settings, for the messages that sentence-transformers makes of a
+pair: system (the instruction), query, document. Texts of many shapes show whether it always gives the same parts in the
+same order; a template that does not is refused.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from .errors import CheckpointError
+from .prompts import FIELDS, Template
+
+ROLES = ("system", "query", "document")
+MARKS = ("[[1 instruction]]", "[[2 query]]", "[[3 document]]")
+PROBES = (
+    (" An Instruction\n", "\n a Query? ", "\t Document.\n\n"),
+    ("<|im_end|>", "{{ 1 }} & <b> \"q\" 'q' é", "{% if x %} \\n </s> ｄ"),
+    ("i " * 500, "q" * 5000, "d\n" * 20000),
+    (FIELDS[2], "", ""),
+    ("0", "0", FIELDS[1]),
+)
+"""Texts that trimming, escaping, cutting and conditions would change."""
+
+
+def read_template(
+    source: str, variables: Mapping[str, Any], instruction: str | None, *, structured: bool, where: str
+) -> tuple[Template, str]:
+    """The template that the jinja2 ``source`` is, and the instruction where a call gives none.
+
+    Args:
+        source: of the template.
+        variables: what it may use beside the messages.
+        instruction: the checkpoint's own; None where the template has it.
+        structured: whether a message's content is a list of parts, not a text.
+        where: names it in errors.
+
+    Raises:
+        CheckpointError: for a template that cannot be rendered, or is not such parts.
+    """
+    import jinja2  # not at the top: only a checkpoint with a template of its own takes the time
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = raise_exception
+
+    def render(roles: tuple[str, ...], texts: tuple[str, ...]) -> str:
+        contents = [[{"type": "text", "text": text}] if structured else text for text in texts]
+        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+        return template.render(messages=messages, tools=None, documents=None, **variables)
+
+    def parts(roles: tuple[str, ...]) -> tuple[str, ...]:
+        marks, fields = (names[-len(roles) :] for names in (MARKS, FIELDS))
+        found = re.split(f"({'|'.join(map(re.escape, marks))})", render(roles, marks))
+        body = tuple(dict(zip(marks, fields, strict=True)).get(part, part) for part in found)
+        for texts in PROBES:
+            texts = texts[-len(roles) :]
+            expected = "".join(dict(zip(marks, texts, strict=True)).get(part, part) for part in found)
+            if not {*FIELDS[1:]} <= {*body} or len(found) > 7 or render(roles, texts) != expected:
+                raise CheckpointError(
+                    f"{where}: expected a template that puts instruction, query and document, as they are, between "
+                    f"fixed texts, found another: {''.join(body)!r:.300}"
+                )
+        return body
+
+    try:
+        template = environment.from_string(source)
+        body = parts(ROLES)
+        if instruction is not None:
+            return Template("", body, ""), instruction
+        without = parts(ROLES[1:])
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{where}: expected a template of query and document, found one that fails ({type(error).__name__}: {error})"
+        ) from error
+    if FIELDS[0] in body:
+        at = body.index(FIELDS[0])
+        before, after, default = "".join(body[:at]), "".join(body[at + 1 :]), "".join(without)
+        if len(before + after) <= len(default) and default.startswith(before) and default.endswith(after):
+            return Template("", body, ""), default[len(before) : len(default) - len(after)]
+    return Template("", without, ""), ""
