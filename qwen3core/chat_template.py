@@ -61,8 +61,8 @@ def read_template(
         marks, fields = (names[-len(roles) :] for names in (MARKS, FIELDS))
         found = re.split(f"({'|'.join(map(re.escape, marks))})", render(roles, marks))
         body = tuple(dict(zip(marks, fields, strict=True)).get(part, part) for part in found)
-        for texts in PROBES:
-            texts = texts[-len(roles) :]
+        for probe in PROBES:
+            texts = probe[-len(roles) :]
             expected = "".join(dict(zip(marks, texts, strict=True)).get(part, part) for part in found)
             if not {*FIELDS[1:]} <= {*body} or len(found) > 7 or render(roles, texts) != expected:
                 raise CheckpointError(
@@ -77,11 +77,12 @@ def read_template(
         if instruction is not None:
             return Template("", body, ""), instruction
         without = parts(ROLES[1:])
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except CheckpointError:
+        raise
+    except Exception as error:  # a template is code, and may fail in any way
         raise CheckpointError(
-            f"{where}: expected a template of query and document, found one that fails ({type(error).__name__}: {error})"
+            f"{where}: expected a template of query and document, found one that fails "
+            f"({type(error).__name__}: {error})"
         ) from error
     if FIELDS[0] in body:
         at = body.index(FIELDS[0])

@@ -19,7 +19,15 @@ from .prompts import DEFAULT_TASK, EMBEDDING_PROMPTS, EOS, RERANKER, Template
 from .weights.find import base_directory
 
 LAST_TOKEN = ("lasttoken",)
-POOLINGS = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
+POOLINGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+"""Names of modes by the flags of older files."""
 ACTIVATIONS = (
     *("Identity", "Sigmoid", "Tanh", "ReLU", "ReLU6", "GELU", "SiLU", "Mish", "ELU", "SELU", "CELU", "LeakyReLU"),
     *("Softplus", "Softsign", "Hardtanh", "Hardswish", "Hardsigmoid", "LogSigmoid", "Tanhshrink"),
@@ -187,6 +195,8 @@ class _Reader:
         self.transformer = _File(directory / "sentence_bert_config.json")
         self.tokenizer.none_of("split_special_tokens")
         self.modules = self._modules()
+        if not self.modules:  # which sentence-transformers then does not read
+            self.settings.data, self.transformer.data = {}, {}
         self.classifier = self.config.get("architectures", list) == ["Qwen3ForSequenceClassification"]
 
     def read(self, job: str | None) -> Layout:
@@ -207,7 +217,7 @@ class _Reader:
         else:
             common |= self._mask(rest)
             rest = [module for module in rest if module[0] != "MultiVectorMask"]
-        modules = self._after(rest, declared)
+        modules = self._after(rest, declared, common["pooling"])
         normalize = bool(modules) and isinstance(modules[-1], Normalize)
         if declared == "late interaction" and not normalize and self.settings.data["model_type"] != "ColBERT":
             self._refuse_module("Normalize at the end", rest[-1][0] if rest else "nothing")
@@ -300,24 +310,15 @@ class _Reader:
         name, folder = module
         if name != "Pooling":
             self._refuse_module("Pooling", name)
-        legacy = {
-            f"pooling_mode_{key}": mode
-            for key, mode in zip(
-                ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken"),
-                POOLINGS,
-                strict=True,
-            )
-        }
         file = _File(self.directory / folder / "config.json")
-        file.only("embedding_dimension", "word_embedding_dimension", "pooling_mode", "include_prompt", *legacy)
+        file.only("embedding_dimension", "word_embedding_dimension", "pooling_mode", "include_prompt", *POOLINGS)
         for key in ("embedding_dimension", "word_embedding_dimension"):
             file.one_of(key, [self.config.get("hidden_size", int)])
-        modes = (
-            file.data.get("pooling_mode") or [mode for key, mode in legacy.items() if file.get(key, bool)] or ["mean"]
-        )
+        flags = [mode for key, mode in POOLINGS.items() if file.get(key, bool)]
+        modes = file.data.get("pooling_mode") or flags or ["mean"]
         modes = [modes] if isinstance(modes, str) else modes
-        if not isinstance(modes, list) or not set(map(str, modes)) <= set(POOLINGS):
-            file.refuse("pooling_mode", f"one or more of {', '.join(POOLINGS)}")
+        if not isinstance(modes, list) or not set(map(str, modes)) <= set(POOLINGS.values()):
+            file.refuse("pooling_mode", f"one or more of {', '.join(POOLINGS.values())}")
         return {"pooling": tuple(modes), "include_prompt": file.get("include_prompt", bool, True)}
 
     def _mask(self, rest: list[tuple[str, str]]) -> dict[str, Any]:
@@ -341,19 +342,24 @@ class _Reader:
             file.refuse("skiplist_words", "texts")
         return {"pooling": (), "skiplist": tuple(words), **lengths}
 
-    def _after(self, rest: list[tuple[str, str]], job: str) -> tuple[Dense | Normalize, ...]:
+    def _after(self, rest: list[tuple[str, str]], job: str, pooling: tuple[str, ...]) -> tuple[Dense | Normalize, ...]:
         """The modules on vectors."""
         feature = "token_embeddings" if job == "late interaction" else "sentence_embedding"
+        width = self.config.positive("hidden_size") * max(1, len(pooling))
         modules: list[Dense | Normalize] = []
         for i, (name, folder) in enumerate(rest):
             file = _File(self.directory / folder / "config.json")
-            names = {feature, *({"scores"} if job == "reranker" and i == len(rest) - 1 else ())}
+            output = "scores" if job == "reranker" and i == len(rest) - 1 else feature
             if name == "Dropout":  # nothing, except in training
                 continue
             if name not in ("Dense", "Normalize") or (name == "Dense" and not re.fullmatch(r"\d\w*", folder)):
                 self._refuse_module("Normalize, or Dense in a folder like 2_Dense", f"{name} in {folder!r}")
-            file.one_of("module_input_name", [feature], feature if job == "late interaction" else "sentence_embedding")
-            file.one_of("module_output_name", names)
+            name_in = feature if name == "Dense" else "sentence_embedding"  # where the file does not say, as of PyLate
+            name_in = file.data.get("module_input_name") or name_in
+            if name_in != feature:
+                file.refuse("module_input_name", feature)
+            if (file.data.get("module_output_name") or name_in) != output:
+                file.refuse("module_output_name", output)
             if name == "Normalize":
                 modules.append(Normalize())
                 continue
@@ -361,18 +367,11 @@ class _Reader:
                 *("in_features", "out_features", "bias", "activation_function", "use_residual"),
                 *("module_input_name", "module_output_name"),
             )
-            sizes = (
-                file.positive(key) or file.refuse(key, "a positive number") for key in ("in_features", "out_features")
-            )
-            modules.append(
-                Dense(
-                    folder,
-                    *sizes,
-                    bias=file.get("bias", bool, True),
-                    activation=file.activation("Tanh"),
-                    use_residual=file.get("use_residual", bool, False),
-                )
-            )
+            if file.data.get("in_features") != width:
+                file.refuse("in_features", f"{width}, the size of what comes before")
+            flags = {key: file.get(key, bool, default) for key, default in (("bias", True), ("use_residual", False))}
+            width = file.positive("out_features") or file.refuse("out_features", "a positive number")
+            modules.append(Dense(folder, file.data["in_features"], width, activation=file.activation("Tanh"), **flags))
         return tuple(modules)
 
     def _reranker(self, rest: list[tuple[str, str]]) -> dict[str, Any]:
@@ -384,9 +383,8 @@ class _Reader:
         common = self._template(prompts[default] or None if default else None)
         if [name for name, _ in rest] == ["LogitScore"]:
             file = _File(self.directory / rest[0][1] / "config.json")
-            file.only("true_token_id", "false_token_id", "module_input_name").one_of(
-                "module_input_name", ["causal_logits"]
-            )
+            file.only("true_token_id", "false_token_id", "module_input_name")
+            file.one_of("module_input_name", ["causal_logits"])
             ids = [file.get(key, int) for key in ("true_token_id", "false_token_id")]
             if ids[0] is None or min(i for i in ids if i is not None) < 0:
                 file.refuse("true_token_id", "a token's id")
@@ -396,9 +394,9 @@ class _Reader:
         if not rest and self.classifier:
             return common | self._labels()
         pooling = self._pooling(rest[0] if rest else ("nothing", ""))
-        modules = self._after(rest[1:], "reranker")
+        modules = self._after(rest[1:], "reranker", pooling["pooling"])
         if not modules or not isinstance(modules[-1], Dense):
-            self._refuse_module("Dense that gives the score", rest[-1][0])
+            self._refuse_module("a Dense that gives the score", rest[-1][0])
         labels = tuple(f"LABEL_{i}" for i in range(modules[-1].out_features))
         return {**common, **pooling, "modules": modules, "score": "modules"} | self._activation(labels)
 
@@ -430,18 +428,23 @@ class _Reader:
         """The template's source, and where it stands: a file of its own wins."""
         path = self.directory / "chat_template.jinja"
         if path.is_file():
-            return path.read_text("utf-8"), path
+            try:
+                return path.read_text("utf-8"), path
+            except (OSError, UnicodeDecodeError) as error:
+                raise CheckpointError(
+                    f"{path}: expected a template in UTF-8, found something else ({error})"
+                ) from error
         stored = self.tokenizer.data.get("chat_template")
         if isinstance(stored, list):
             stored = next((t["template"] for t in stored if isinstance(t, dict) and t.get("name") == "default"), None)
-        return self.tokenizer.get("chat_template", str) if isinstance(stored, str) else None, self.tokenizer.path
+        return stored if isinstance(stored, str) else None, self.tokenizer.path
 
     def _template(self, instruction: str | None) -> dict[str, Any]:
         source, path = self._chat_template()
         if source is None:
             raise CheckpointError(f"{self.directory}: expected chat_template.jinja, the template of pairs, found none")
         processing = self.transformer.get("processing_kwargs", dict, {})
-        variables = {"add_generation_prompt": False}
+        variables: dict[str, Any] = {"add_generation_prompt": False}
         for key in ("eos_token", "pad_token", "unk_token", "bos_token"):
             token = self.tokenizer.data.get(key, None if key == "bos_token" else EOS)
             variables[key] = token.get("content") if isinstance(token, dict) else token
@@ -453,10 +456,8 @@ class _Reader:
         if form not in ("auto", "flat", "structured"):
             self.transformer.refuse("modality_config", "a message's format of auto, flat or structured")
         structured = form == "structured" or (form == "auto" and any(sign in source for sign in STRUCTURED))
-        template, instruction = read_template(
-            source, variables | own, instruction, structured=structured, where=str(path)
-        )
-        return {"template": template, "instruction": instruction}
+        found = read_template(source, variables | own, instruction, structured=structured, where=str(path))
+        return dict(zip(("template", "instruction"), found, strict=True))
 
     def _refuse_module(self, expected: str, found: str) -> NoReturn:
         raise CheckpointError(f"{self.directory / 'modules.json'}: expected {expected}, found {found}")

@@ -281,9 +281,9 @@ class Pretrained:
 
 
 def open_tokenizer(directory: Path, layout: Layout, *, split_special_tokens: bool = False) -> Tokenizer:
-    """A checkpoint's tokenizer with what its layout says; an adapter without one has its base's. Raises CheckpointError.
+    """A checkpoint's tokenizer with what its layout says; an adapter without one has its base's.
 
-    Warns where tokenizer.json closes texts by nothing and ``<|endoftext|>`` is appended all the same.
+    Raises CheckpointError. Warns where tokenizer.json closes texts by nothing and ``<|endoftext|>`` is appended.
     """
     path = directory / "tokenizer.json"
     tokenizer = Tokenizer(

@@ -126,9 +126,7 @@ class Reranker(Pretrained):
         task = layout.instruction if instruction is None else instruction
         check_text("instruction", task)
         if instruction is not None and FIELDS[0] not in template.body:
-            raise InputError(
-                f"instruction: expected none, which this checkpoint's template cannot hold, found {task!r}"
-            )
+            raise InputError(f"instruction: expected none, for which this template has no place, found {task!r}")
         checked = _checked([pairs] if single else pairs)
         # All pairs of a query begin with it; those of queries with a single pair, with what comes before any query.
         counts = Counter(query for query, _ in checked)

@@ -67,13 +67,13 @@ def test_float16_names_its_largest_number(embedder):
         embedder.encode("a")
 
 
-@pytest.mark.parametrize("what", ["yes_no", "model.norm.weight"])
+@pytest.mark.parametrize("what", ["weight", "model.norm.weight"])
 def test_a_sigmoid_hides_nothing(what):
     reranker = Reranker.from_pretrained("tiny-reranker", device="cpu", dtype="float32")
     weight: torch.Tensor = reranker.model.norm.weight
-    if what == "yes_no":
+    if what == "weight":
         reranker.model.lm_head = torch.nn.Linear(256, reranker.model.embed_tokens.num_embeddings, bias=False)
-        weight = reranker.model.lm_head.weight[reranker.yes_id]
+        weight = reranker.model.lm_head.weight[reranker.answers[0]]
     with torch.no_grad():
         weight[7] = torch.inf
     with raises(f"{what}: expected finite numbers, found inf or nan"):

@@ -148,7 +148,7 @@ def test_reranker_points(reranker_dir):
     reranker = Reranker.from_pretrained(reranker_dir, dtype="float32", device="cpu")
     with capture(reranker.model, "pooled") as acts:
         scores = reranker.predict([("gravity", "a force"), ("bread", "flour and water, salt and time")])
-    expected = reference.p_yes(torch.stack(acts.per_text("pooled")), reranker.yes_no)
+    expected = reference.p_yes(torch.stack(acts.per_text("pooled")), reranker.model.lm_head_rows(reranker.answers))
     assert abs(expected.detach().numpy() - scores).max() <= REORDERED_FP32
 
 

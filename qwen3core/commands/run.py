@@ -84,9 +84,7 @@ def rerank(args: argparse.Namespace) -> int:
     scores = reranker.predict(pairs, instruction=args.instruction, batch_tokens=args.batch_tokens)
     labels = reranker.model.layout.labels
     if len(labels) > 1 and (args.query is not None or args.output.endswith(("-", ".jsonl"))):
-        raise InputError(
-            f"rerank: expected a checkpoint of one score, or pairs and -o FILE.npy, found {', '.join(labels)}"
-        )
+        raise InputError(f"rerank: expected a single score, or pairs and -o FILE.npy, found {', '.join(labels)}")
     order = ranked(scores, args.top_k) if args.query is not None else range(len(pairs))
     hits = (
         {"corpus_id": i, "score": float(scores[i]), "query": query, "text": text}

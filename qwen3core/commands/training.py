@@ -68,9 +68,7 @@ def train(args: argparse.Namespace) -> int:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # torchrun's
     job = Layout.from_directory(directory, job=args.job).job
     if job not in ("embedding", "reranker"):
-        raise InputError(
-            f"{directory}: expected a checkpoint for embedding or a reranker, or --job, found {job or 'none'}"
-        )
+        raise InputError(f"{directory}: expected a checkpoint of the job embedding or reranker, or --job, found {job}")
     embedding = job == "embedding"
     kind: type[Embedder] | type[Reranker] = Embedder if embedding else Reranker
     opened = open_pretrained(kind, args, dtype="float32")
