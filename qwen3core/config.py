@@ -8,16 +8,53 @@ from typing import Any
 
 from .errors import CheckpointError
 
-# Fields that would change the arithmetic, with the only values that this implementation computes.
-_SUPPORTED: dict[str, tuple] = {
-    "model_type": ("qwen3",),
-    "hidden_act": ("silu", None),
-    "attention_bias": (False, None),
-    "use_sliding_window": (False, None),
-    "partial_rotary_factor": (1.0, None),
+# Fields that would change the arithmetic, with the only values that this implementation computes, and why.
+_SUPPORTED: dict[str, tuple[tuple, str]] = {
+    "model_type": (("qwen3",), " (its text decoder alone is computed: no images, no experts)"),
+    "hidden_act": (("silu", None), ""),
+    "attention_bias": ((False, None), ""),
+    "use_sliding_window": ((False, None), ""),
+    "partial_rotary_factor": ((1.0, None), ""),
+    "per_layer_config": ((None, {}), " (all layers are computed alike)"),
+    "auto_map": ((None, {}), " (the repository's own code may compute something else)"),
+    "quantization": ((None, {}), " (mlx-lm serves MLX's format)"),
+    "quantization_config": ((None, {}), " (vLLM serves quantised weights)"),
+}
+# The same of fields that are lists.
+_LISTS: dict[str, tuple[tuple, str]] = {
+    "layer_types": (("full_attention",), ""),
+    "architectures": (
+        ("Qwen3ForCausalLM", "Qwen3Model", "Qwen3ForSequenceClassification"),
+        " (no listwise reranker: several documents in one context)",
+    ),
 }
 DTYPE_NAMES = ("float64", "float32", "bfloat16", "float16")
-_EXPECTED = {int: "a positive integer", float: "a positive number", bool: "true or false", str | None: "text"}
+_EXPECTED = {
+    int: "a positive integer",
+    float: "a positive number",
+    float | None: "a positive number",
+    bool: "true or false",
+    str | None: "text",
+}
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """RoPE stretched to texts ``factor`` times as long (YaRN, arXiv:2309.00071); transformers' names and defaults."""
+
+    factor: float
+    original_max_position_embeddings: int
+    """``max_position_embeddings`` where config.json does not say."""
+    beta_fast: float = 32
+    beta_slow: float = 1
+    attention_factor: float | None = None
+    """What cos and sin are multiplied by; None: it follows from ``factor``, ``mscale`` and ``mscale_all_dim``."""
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+    """Whether the range of dimensions that are stretched in part is widened to whole numbers."""
+    rope_type: str | None = "yarn"
+    """Its name in config.json."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +83,17 @@ class Qwen3Config:
     tie_word_embeddings: bool = False
     dtype: str | None = None
     """Name of the dtype the checkpoint was saved for (``torch_dtype`` in older files)."""
+    is_causal: bool = True
+    """Whether a token sees only those before it, and itself; else all of its text."""
+    rope_scaling: Yarn | None = None
+    """How RoPE is stretched, if it is (in ``rope_parameters`` of newer files)."""
+
+    @property
+    def position_limit(self) -> int:
+        """The longest text in tokens: ``max_position_embeddings``, or what YaRN stretches it to."""
+        yarn = self.rope_scaling
+        stretched = int(yarn.factor * yarn.original_max_position_embeddings) if yarn else 0
+        return max(self.max_position_embeddings, stretched)
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Qwen3Config":
@@ -55,31 +103,16 @@ class Qwen3Config:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: str = "config") -> "Qwen3Config":
         """Check a parsed config.json (transformers 4 or 5 spelling); ``source`` names it in errors."""
-        for name, supported in _SUPPORTED.items():
-            if (found := data.get(name)) not in supported:
-                raise CheckpointError(f"{source}: {name}: expected {supported[0]!r}, found {found!r}")
-        layer_types = data.get("layer_types") or []
-        if not isinstance(layer_types, list) or any(t != "full_attention" for t in layer_types):
-            raise CheckpointError(f"{source}: layer_types: expected 'full_attention' only, found {layer_types!r:.200}")
-        values = dict(data, dtype=data.get("dtype") or data.get("torch_dtype"))
-        for name in ("rope_scaling", "rope_parameters"):
-            rope = data.get(name) or {}
-            if not isinstance(rope, Mapping) or rope.get("rope_type", rope.get("type", "default")) != "default":
-                raise CheckpointError(
-                    f"{source}: {name}: expected no RoPE scaling (rope_type 'default'), found {rope!r:.200}"
-                )
-            values["rope_theta"] = rope.get("rope_theta", values.get("rope_theta"))
-        numbers: dict[str, Any] = {}
-        for field in fields(cls):
-            kind: Any = field.type
-            value: Any = values.get(field.name)
-            if value is None and field.default is not MISSING:
-                continue
-            right = isinstance(value, (int, float) if kind is float else kind)
-            if not right or (kind in (int, float) and (isinstance(value, bool) or not 0 < value < 2**63)):
-                raise CheckpointError(f"{source}: {field.name}: expected {_EXPECTED[kind]}, found {value!r}")
-            numbers[field.name] = value
-        config = cls(**numbers)
+        _refuse_other_arithmetic(data, source)
+        values = dict(data)
+        values["dtype"] = _one_of(source, {name: data.get(name) for name in ("dtype", "torch_dtype")})
+        values["rope_theta"], values["rope_scaling"] = _rope(data, source)
+        config = _read(cls, values, source)
+        if (found := data.get("use_bidirectional_attention")) not in (None, not config.is_causal):
+            raise CheckpointError(
+                f"{source}: use_bidirectional_attention: expected {not config.is_causal}, since is_causal is "
+                f"{config.is_causal} and transformers reads that alone for Qwen3, found {found!r:.200}"
+            )
         if config.num_attention_heads % config.num_key_value_heads:
             raise CheckpointError(
                 f"{source}: num_attention_heads: expected a multiple of num_key_value_heads "
@@ -90,6 +123,72 @@ class Qwen3Config:
         if config.dtype not in (None, *DTYPE_NAMES):
             raise CheckpointError(f"{source}: dtype: expected one of {', '.join(DTYPE_NAMES)}, found {config.dtype!r}")
         return config
+
+
+def _refuse_other_arithmetic(data: Mapping[str, Any], source: str) -> None:
+    """Raise CheckpointError where config.json declares what is not computed here."""
+    for name, (supported, why) in _SUPPORTED.items():
+        if (found := data.get(name)) not in supported:
+            found = found.get("quant_method", found) if isinstance(found, Mapping) else found
+            raise CheckpointError(f"{source}: {name}: expected {supported[0]!r}{why}, found {found!r:.200}")
+    for name, (supported, why) in _LISTS.items():
+        found = data.get(name) or []
+        if not isinstance(found, list) or any(value not in supported for value in found):
+            expected = f"a list of {' or '.join(supported)}{why}"
+            raise CheckpointError(f"{source}: {name}: expected {expected}, found {found!r:.200}")
+
+
+def _rope(data: Mapping[str, Any], source: str) -> tuple[Any, Yarn | None]:
+    """rope_theta and what stretches RoPE, in the spelling of transformers 4 (rope_scaling) or 5 (rope_parameters)."""
+    found = {name: rope for name in ("rope_scaling", "rope_parameters") if (rope := data.get(name))}
+    name, rope = next(iter(found.items()), ("rope_parameters", {}))
+    if not isinstance(rope, Mapping):
+        raise CheckpointError(f"{source}: {name}: expected the parameters of RoPE, found {rope!r:.200}")
+    _one_of(source, found)
+    values = dict(rope)
+    theta = _one_of(
+        source, {"rope_theta": data.get("rope_theta"), f"{name}.rope_theta": values.pop("rope_theta", None)}
+    )
+    rope_type = _one_of(source, {f"{name}.{key}": values.pop(key, None) for key in ("rope_type", "type")})
+    known = [field.name for field in fields(Yarn)] if rope_type == "yarn" else []
+    unknown = {key: value for key, value in values.items() if key not in known}
+    if unknown.pop("partial_rotary_factor", 1.0) != 1.0 or unknown or rope_type not in (None, "default", "yarn"):
+        expected = "RoPE of rope_type 'default' or 'yarn' and no parameters but its own"
+        raise CheckpointError(f"{source}: {name}: expected {expected}, found {rope!r:.200}")
+    if rope_type != "yarn":
+        return theta, None
+    original = "original_max_position_embeddings"
+    said = _one_of(source, {original: data.get(original), f"{name}.{original}": values.get(original)})
+    values[original] = data.get("max_position_embeddings") if said is None else said
+    return theta, _read(Yarn, values, f"{source}: {name}")
+
+
+def _one_of(source: str, spellings: Mapping[str, Any]) -> Any:
+    """The one value among what several spellings of a field say, or None. Raises CheckpointError if they differ."""
+    found = {name: value for name, value in spellings.items() if value is not None}
+    value = next(iter(found.values()), None)
+    if any(other != value for other in found.values()):
+        text = ", ".join(f"{name}: {other!r:.200}" for name, other in found.items())
+        raise CheckpointError(f"{source}: expected spellings that agree, found {text}")
+    return value
+
+
+def _read(cls: Any, values: Mapping[str, Any], source: str) -> Any:
+    """A dataclass, its fields checked and taken from ``values``. Raises CheckpointError."""
+    numbers: dict[str, Any] = {}
+    for field in fields(cls):
+        kind: Any = field.type
+        value: Any = values.get(field.name)
+        # To transformers, null is false: no value of a field that is true where it is absent.
+        absent = field.name not in values if kind is bool else value is None
+        if absent and field.default is not MISSING:
+            continue
+        number = kind in (int, float, float | None)
+        right = isinstance(value, int if kind is int else (int, float)) if number else isinstance(value, kind)
+        if not right or (number and (isinstance(value, bool) or not 0 < value < 2**63)):
+            raise CheckpointError(f"{source}: {field.name}: expected {_EXPECTED[kind]}, found {value!r:.200}")
+        numbers[field.name] = value
+    return cls(**numbers)
 
 
 OFFICIAL_SIZES = {

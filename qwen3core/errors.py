@@ -27,9 +27,9 @@ class CheckpointError(Qwen3CoreError):
     """A checkpoint (config, safetensors, tokenizer) that is missing, broken, or not what it says.
 
     Example:
-        >>> Qwen3Config.from_dict({"model_type": "llama"})
+        >>> Qwen3Config.from_dict({"model_type": "qwen3", "hidden_act": "gelu"})
         Traceback (most recent call last):
-        qwen3core.errors.CheckpointError: config: model_type: expected 'qwen3', found 'llama'
+        qwen3core.errors.CheckpointError: config: hidden_act: expected 'silu', found 'gelu'
     """
 
 

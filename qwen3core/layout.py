@@ -202,7 +202,7 @@ class _Reader:
     def read(self, job: str | None) -> Layout:
         """The layout, for the declared job or for another."""
         declared = self._declared()
-        causal = getattr(Qwen3Config.from_dict(self.config.data, str(self.config.path)), "is_causal", True)
+        causal = Qwen3Config.from_dict(self.config.data, str(self.config.path)).is_causal
         common: dict[str, Any] = {"job": job or declared, "causal": causal, "max_length": self._max_length()}
         if not self.modules or job not in (None, declared):
             return Layout(**common | (self._pairs() if job != "embedding" and not self.modules else {}))

@@ -4,6 +4,7 @@
 Operations that a kernel may replace come from ``ops``; ``hook(name, x)`` returns x, or what an edit made of it.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from . import reference
 from .batch import KeysValues, PackedBatch, VarlenLayout
-from .config import Qwen3Config
+from .config import Qwen3Config, Yarn
 from .errors import InputError
 from .layout import LAST_TOKEN, Dense, Layout, Normalize
 from .ops import Ops, resolve
@@ -155,9 +156,11 @@ class Qwen3Model(nn.Module):
         """Whether rows may be left out or shared: by pruning, by shared and cached prefixes, by equal texts.
 
         They may not while a hook is active, which must see every row, where the ops do not declare what it takes, or
-        where the checkpoint pools more than the last token.
+        where a token sees those after it, or the checkpoint pools more than the last.
         """
-        return not self.hooks and self.ops.shortcuts and self.layout.pooling == LAST_TOKEN
+        return (
+            not self.hooks and self.ops.shortcuts and self.config.is_causal and self.layout.pooling == LAST_TOKEN
+        )
 
     def run_layers(
         self, batch: PackedBatch, *, last_token: bool = False, keys_values: KeysValues | None = None
@@ -170,8 +173,10 @@ class Qwen3Model(nn.Module):
             keys_values: a list that receives every layer's keys and values.
 
         Raises:
-            InputError: where texts share a prefix and the ops do not declare that they may.
+            InputError: where texts share a prefix, and the ops do not declare that they may or the model is not causal.
         """
+        if batch.shares_prefixes and not self.config.is_causal:
+            raise InputError("pack: prefixes: expected a causal model, found is_causal false")
         if batch.shares_prefixes and not self.ops.shortcuts:
             raise InputError(f"pack: prefixes: expected ops that declare what sharing takes, found {self.ops}")
         x = self.embed_tokens(batch.input_ids)
@@ -204,6 +209,8 @@ class Qwen3Model(nn.Module):
     ) -> Tensor:
         """Each text's pooled hidden states, cut to ``dim``, normalised; [T, H] to [N, dim] float32."""
         modes = self.layout.pooling
+        if batch.shares_prefixes and modes != LAST_TOKEN:
+            raise InputError(f"pack: prefixes: expected none where {', '.join(modes)} is pooled, found some")
         other = {} if modes == LAST_TOKEN else {"modes": modes, "prompt_length": prompt_length}
         width = dim or self.config.hidden_size * len(modes)
         pooled = self.ops.pool(hidden_states, batch.text_cu_seqlens, width, normalize, **other)
@@ -268,6 +275,8 @@ class Attention(nn.Module):
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        self.options = {} if config.is_causal else {"causal": False}
+        """Nothing where causal, so that an attention of one's own need not take ``causal``."""
         q_size = config.num_attention_heads * self.head_dim
         kv_size = config.num_key_value_heads * self.head_dim
         self.q_proj = Linear(config.hidden_size, q_size)
@@ -287,7 +296,7 @@ class Attention(nn.Module):
         if prefix_kv:
             k, v = (torch.cat(pair) for pair in zip(prefix_kv, (k, v), strict=True))
         lengths = (layout.cu_seqlens_q, layout.cu_seqlens_k, layout.max_seqlen_q, layout.max_seqlen_k)
-        z = context.ops.attention(q[layout.queries], k[layout.keys], v[layout.keys], *lengths)
+        z = context.ops.attention(q[layout.queries], k[layout.keys], v[layout.keys], *lengths, **self.options)
         return self.o_proj(context.hook("z", z).flatten(-2), context.ops.linear)
 
     def qkv(self, context: Context, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -384,16 +393,41 @@ def in_blocks(function: Callable[..., tuple[Tensor, ...]], size: int, *tensors: 
 
 def rope_cos_sin(position_ids: Tensor, config: Qwen3Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [T, D] of every position, angles in float32, cast to the compute dtype as transformers does."""
-    angles = position_ids.float()[:, None] * _inv_freq(config.head_dim, config.rope_theta, position_ids.device)
+    inv_freq, scaling = _rope_parameters(config.head_dim, config.rope_theta, config.rope_scaling, position_ids.device)
+    angles = position_ids.float()[:, None] * inv_freq
     angles = torch.cat((angles, angles), dim=-1).to(torch.promote_types(dtype, torch.float32))
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    if scaling != 1:
+        cos, sin = cos * scaling, sin * scaling
+    return cos.to(dtype), sin.to(dtype)
 
 
 @cache  # a copy to a GPU would wait for it
-def _inv_freq(head_dim: int, rope_theta: float, device: torch.device) -> Tensor:
+def _rope_parameters(head_dim: int, rope_theta: float, yarn: Yarn | None, device: torch.device) -> tuple[Tensor, float]:
+    """Angle of each pair per position [D / 2] float32, and what cos and sin are multiplied by.
+
+    YaRN divides the angle by its factor where a pair makes fewer than ``beta_slow`` rotations in the original length,
+    not at all where it makes more than ``beta_fast``, and in part between them.
+    """
     # On the CPU for every device, so that all share the same bits.
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-    return (1.0 / rope_theta**exponents).to(device)
+    pos_freqs = rope_theta**exponents
+    if yarn is None:
+        return (1.0 / pos_freqs).to(device), 1.0
+    low, high = (
+        head_dim * math.log(yarn.original_max_position_embeddings / (beta * 2 * math.pi)) / (2 * math.log(rope_theta))
+        for beta in (yarn.beta_fast, yarn.beta_slow)
+    )
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low if high != low else 0.001
+    unchanged = 1 - ((torch.arange(head_dim // 2, dtype=torch.float32, device="cpu") - low) / width).clamp(0, 1)
+    inv_freq = 1.0 / (yarn.factor * pos_freqs) * (1 - unchanged) + 1.0 / pos_freqs * unchanged
+    scales = (yarn.mscale, yarn.mscale_all_dim) if yarn.mscale and yarn.mscale_all_dim else (1, 0)
+    numerator, denominator = (0.1 * scale * math.log(max(yarn.factor, 1)) + 1.0 for scale in scales)
+    scaling = numerator / denominator if yarn.attention_factor is None else yarn.attention_factor
+    return inv_freq.to(device), scaling
 
 
 def _identity(name: str, x: Tensor) -> Tensor:

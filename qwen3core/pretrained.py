@@ -49,7 +49,7 @@ class Pretrained:
     def __init__(
         self, model: Qwen3Model, tokenizer: Tokenizer, *, max_length: int | None = None, prefix_cache_tokens: int = 0
     ) -> None:
-        limit = model.config.max_position_embeddings
+        limit = model.config.position_limit
         if max_length is None:
             max_length = min(MAX_LENGTH, limit, model.layout.max_length or limit)
         check_int("max_length", max_length, 1)

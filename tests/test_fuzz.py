@@ -145,8 +145,18 @@ def fuzz_index_opens_nothing_outside(root, data):
 
 def fuzz_config(root, data):
     config = json.loads((root / "good" / "single" / "config.json").read_text("utf-8"))
-    names = st.sampled_from([*config, "dtype", "rope_parameters", "layer_types", "partial_rotary_factor"])
-    rope = st.fixed_dictionaries({}, optional=dict.fromkeys(("rope_type", "type", "rope_theta", "factor"), JUNK))
+    odd = (
+        "dtype",
+        "rope_parameters",
+        "layer_types",
+        "partial_rotary_factor",
+        "is_causal",
+        "use_bidirectional_attention",
+    )
+    names = st.sampled_from([*config, *odd, "auto_map", "quantization_config", "original_max_position_embeddings"])
+    keys = ("rope_type", "type", "rope_theta", "factor", "beta_fast", "original_max_position_embeddings", "truncate")
+    yarn = {"type": "yarn", "factor": 4.0}
+    rope = st.fixed_dictionaries({}, optional=dict.fromkeys(keys, JUNK)).map(lambda r: yarn | r if len(r) % 2 else r)
     for name in data.draw(st.lists(names, min_size=1, max_size=3)):
         config[name] = data.draw(ODD | JUNK | (rope if "rope" in name else ODD))
     loads_or_is_refused(root, "single/config.json", json.dumps(config).encode())
