@@ -158,9 +158,7 @@ class Qwen3Model(nn.Module):
         They may not while a hook is active, which must see every row, where the ops do not declare what it takes, or
         where a token sees those after it, or the checkpoint pools more than the last.
         """
-        return (
-            not self.hooks and self.ops.shortcuts and self.config.is_causal and self.layout.pooling == LAST_TOKEN
-        )
+        return not self.hooks and self.ops.shortcuts and self.config.is_causal and self.layout.pooling == LAST_TOKEN
 
     def run_layers(
         self, batch: PackedBatch, *, last_token: bool = False, keys_values: KeysValues | None = None

@@ -17,12 +17,14 @@ from checkpoint_files import SHARD_1, SHARD_2, clear, edit_header, edit_json, ed
 from huggingface_hub import constants
 from limits import umask
 from safetensors.torch import load as parse
+from safetensors.torch import save as serialise
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
 from qwen3core import CheckpointError, Embedder, InputError, Qwen3Config, Reranker
+from qwen3core.layout import Layout
 from qwen3core.weights import find, precision, tensors
-from qwen3core.weights.build import load_model
+from qwen3core.weights.build import load_model, open_model
 from qwen3core.weights.synthesize import LAYOUTS, synthesize
 from qwen3core.weights.tensors import INDEX, SINGLE, Tensors, rewrite
 
@@ -144,7 +146,7 @@ def test_opening_16_gigabytes_takes_no_memory(official, tmp_path):
     code = """
 import json, re, sys
 from pathlib import Path
-from qwen3core.weights.build import load_model
+from qwen3core.weights.build import load_model, open_model
 def memory():
     status = Path("/proc/self/status").read_text()
     return {k: int(v) * 1024 for k, v in re.findall(r"(VmRSS|RssAnon):\\s+(\\d+)", status)}
@@ -208,14 +210,28 @@ def test_the_embedding_matrix_outranks_vocab_size(tmp_path, claimed):
     assert model.config.vocab_size == model.embed_tokens.num_embeddings == rows != claimed
 
 
-@pytest.mark.parametrize(("kind", "lm_head"), [("embedding", False), ("reranker", True)])
-def test_an_lm_head_that_is_not_needed_stays_on_disk(tmp_path, kind, lm_head):
-    directory = tiny(tmp_path, kind)
+def test_an_lm_head_that_is_not_needed_stays_on_disk(tmp_path):
+    directory = tiny(tmp_path)
     extra = torch.full((3, 8), torch.nan, dtype=torch.bfloat16)
     edit_tensors(directory / SINGLE, lambda tensors: tensors.update({"lm_head.weight": extra}))
-    model = load_model(directory, lm_head=lm_head, device="cpu")
+    model = load_model(directory, device="cpu")
     assert model.lm_head is None
     assert model.state_dict().keys() == weights_of(directory).keys() - {"lm_head.weight"}
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_an_lm_head_is_tied_only_where_it_equals_the_embeddings(tmp_path, scale):
+    """Whatever config.json says, as in transformers."""
+    transformers = pytest.importorskip("transformers")
+    directory = tiny(tmp_path, "reranker")
+    lm_head = scale * weights_of(directory)["embed_tokens.weight"]
+    edit_tensors(directory / SINGLE, lambda tensors: tensors.update({"lm_head.weight": lm_head}))
+    model = load_model(directory, lm_head=True, device="cpu")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    assert (model.lm_head is None) == (theirs.lm_head.weight is theirs.model.embed_tokens.weight) == (scale == 1)
+    assert torch.equal(model.get_parameter(model.lm_head_name), theirs.lm_head.weight)
+    edit_tensors(directory / SINGLE, lambda tensors: tensors.update({"lm_head.weight": lm_head[:3].clone()}))
+    refused(lambda: load_model(directory, lm_head=True, device="cpu"), "lm_head.weight", "[3, 8]")
 
 
 @pytest.mark.parametrize("in_rope", [True, False])
@@ -278,8 +294,9 @@ def cache(hub: Path, checkpoint_dir: Path, name: str) -> Path:
     return snapshot
 
 
-def test_a_cached_hub_id_opens_offline_and_asks_the_cache_alone(tmp_path, hub, monkeypatch):
-    snapshot = cache(hub, tiny(tmp_path / "local", shards=2), "someone/tiny")
+@pytest.fixture
+def downloads(monkeypatch):
+    """Of each call for a snapshot, whether only the cache was asked."""
     local, download = [], find.huggingface_hub.snapshot_download
 
     def record(*args, **options):
@@ -287,8 +304,13 @@ def test_a_cached_hub_id_opens_offline_and_asks_the_cache_alone(tmp_path, hub, m
         return download(*args, **options)
 
     monkeypatch.setattr(find.huggingface_hub, "snapshot_download", record)
+    return local
+
+
+def test_a_cached_hub_id_opens_offline_and_asks_the_cache_alone(tmp_path, hub, downloads):
+    snapshot = cache(hub, tiny(tmp_path / "local", shards=2), "someone/tiny")
     assert find.find("someone/tiny") == snapshot
-    assert local == [True]
+    assert downloads == [True]
     found = Embedder.from_pretrained("someone/tiny", device="cpu").encode("text")
     assert (found == Embedder.from_pretrained(tmp_path / "local", device="cpu").encode("text")).all()
 
@@ -471,11 +493,23 @@ def embedding_of_shape(*shape: int) -> Callable[[Path], object]:
     return on_bytes(change)
 
 
+def _rename_weights(directory: Path, name: str) -> None:
+    (directory / name).parent.mkdir(exist_ok=True)
+    (directory / SINGLE).rename(directory / name)
+
+
 QUERY = "layers.0.self_attn.q_proj.weight"
 SINGLE_FILE = {
     "no weights": (lambda d: (d / SINGLE).unlink(), (SINGLE, INDEX, "neither")),
-    "only a pickle": (lambda d: (d / SINGLE).rename(d / "pytorch_model.bin"), (SINGLE, "pytorch_model.bin")),
-    "only GGUF": (lambda d: (d / SINGLE).rename(d / "Q8_0.gguf"), (SINGLE, "Q8_0.gguf")),
+    **{
+        f"only {name}": (partial(_rename_weights, name=name), (SINGLE, Path(name).name, *parts))
+        for name, *parts in [
+            ("pytorch_model.bin", "pickle", "save_pretrained"),
+            ("Q8_0.gguf", "GGUF", "llama.cpp"),
+            ("weights.npz", "MLX", "mlx-lm"),
+            ("onnx/model.onnx", "ONNX", "onnxruntime"),
+        ]
+    },
     "directory": (lambda d: ((d / SINGLE).unlink(), (d / SINGLE).mkdir()), (SINGLE, "something else")),
     "empty": (on_bytes(lambda file: b""), (SINGLE, "0 bytes")),
     "seven bytes": (on_bytes(lambda file: file[:7]), (SINGLE, "7 bytes")),
@@ -708,8 +742,11 @@ def test_rewrite_copies_what_a_checkpoint_is(embedding_dir, tmp_path):
     modules = json.loads((source / "modules.json").read_text())
     modules.append({"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"})
     (source / "modules.json").write_text(json.dumps(modules))
+    (source / "3_Dense").mkdir()
+    dense = {"linear.weight": torch.ones(2, 64), "model.bias": torch.ones(2)}
+    (source / "3_Dense" / SINGLE).write_bytes(serialise(dense))
     expected = {str(p.relative_to(source)) for p in source.rglob("*") if p.is_file()}
-    for name in ("3_Dense/model.safetensors", "additional_chat_templates/rag.jinja", "LICENSE"):
+    for name in ("3_Dense/config.json", "additional_chat_templates/rag.jinja", "LICENSE"):
         expected.add(name)
     junk = ["training/state.pt", "adapter/adapter_model.safetensors", "mine/model.safetensors", "mine/config.json"]
     junk += [
@@ -734,9 +771,42 @@ def test_rewrite_copies_what_a_checkpoint_is(embedding_dir, tmp_path):
     files = {str(p.relative_to(out)): p for p in out.rglob("*") if p.is_file()}
     assert set(files) == expected
     assert {p.stat().st_mode & 0o777 for p in files.values()} == {0o640}
-    assert all(p.read_bytes() == (source / name).read_bytes() for name, p in files.items() if name != SINGLE)
+    assert all(p.read_bytes() == (source / name).read_bytes() for name, p in files.items() if p.name != SINGLE)
+    assert {"3_Dense.linear.weight", "3_Dense.model.bias"} <= set(stored)  # of a module's keys, no model. is stripped
+    assert parse((out / "3_Dense" / SINGLE).read_bytes()).keys() == dense.keys()
     assert all(torch.equal(Tensors(out)[name], 2 * stored[name]) for name in stored)
     assert [p.name for p in out.iterdir() if p.name.startswith(".")] == []
+
+
+def test_weights_in_folders_of_modules(tmp_path):
+    directory = tiny(tmp_path)
+    modules = json.loads((directory / "modules.json").read_text())
+    modules += [{"path": "2_Dense", "type": "x.Dense"}, {"path": "2_Dense/", "type": "x.Dense"}]
+    (directory / "modules.json").write_text(json.dumps(modules))
+    dense = directory / "2_Dense"
+    dense.mkdir()
+    (dense / SINGLE).write_bytes(serialise({"linear.weight": torch.ones(4, 8)}))
+    refused(lambda: load_model(directory, device="cpu"), "2_Dense/model.safetensors: unexpected tensor 'linear.weight'")
+    model, stored = open_model(directory, layout=Layout())
+    assert "2_Dense.linear.weight" in stored
+    assert "2_Dense.linear.weight" not in model.state_dict()
+    edit_tensors(directory / SINGLE, lambda t: t.update(extra=torch.ones(1)))
+    refused(lambda: open_model(directory, layout=Layout()), "unexpected tensor 'extra'")
+    (dense / SINGLE).rename(dense / "pytorch_model.bin")
+    refused(lambda: Tensors(directory), "2_Dense", SINGLE, "pytorch_model.bin", "pickle")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_snapshot_is_whole_with_the_weights_of_its_modules(tmp_path, hub, downloads, whole):
+    local = tiny(tmp_path / "local")
+    modules = json.loads((local / "modules.json").read_text())
+    (local / "modules.json").write_text(json.dumps([*modules, {"path": "2_Dense", "type": "x.Dense"}]))
+    if whole:
+        (local / "2_Dense").mkdir()
+        (local / "2_Dense" / SINGLE).write_bytes(b"")
+    snapshot = cache(hub, local, "someone/dense")
+    assert find.find("someone/dense") == snapshot
+    assert downloads == ([True] if whole else [True, False])
 
 
 def test_what_rewrite_refuses(embedding_dir, tmp_path):

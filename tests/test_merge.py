@@ -164,7 +164,9 @@ def test_other_arithmetic(three, other, tmp_path):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_an_embedding_checkpoint_and_a_reranker(three, other, tmp_path, order):
-    (other / "modules.json").write_text('[{"type": "sentence_transformers.cross_encoder.models.LogitScore"}]', "utf-8")
+    (other / "modules.json").write_text(
+        '[{"path": "", "type": "sentence_transformers.cross_encoder.models.LogitScore"}]', "utf-8"
+    )
     with pytest.raises(
         CheckpointError, match=r"modules\.json: expected an embedding checkpoint as .*, found no pooling"
     ):

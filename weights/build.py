@@ -33,7 +33,7 @@ def load_model(
             float16 and ``"int8"`` mean on a CPU: see ``Pretrained.from_pretrained``.
         device: None is the first GPU, else the CPU.
         ops: a set of operations, or its name (``ops.resolve``).
-        lm_head: load an untied output matrix too, as rerankers need it.
+        lm_head: load an output matrix of its own too, as rerankers need it.
         layout: what surrounds the decoder; by default, what the directory declares.
 
     Returns:
@@ -62,15 +62,16 @@ def open_model(
 ) -> tuple[Qwen3Model, Tensors]:
     """A model on the meta device and the tensors that fit it, strictly checked, none of them read yet.
 
-    Raises CheckpointError.
+    layout: as for ``load_model``; what follows the decoder in the files, and not in it, stays on disk. Raises
+    CheckpointError.
     """
     layout = layout or Layout.from_directory(directory)
-    config = Qwen3Config.from_file(base_directory(Path(directory)) / "config.json")
+    config = Qwen3Config.from_file(base_directory(directory) / "config.json")
     tensors = Tensors(directory)
     tensors.require_layers(config.num_hidden_layers)
     rows, *_ = tensors.shape("embed_tokens.weight") or (0,)  # the tensor is right; config.json may be padded
     tensors.check("embed_tokens.weight", (rows, config.hidden_size))
-    untied = lm_head and not config.tie_word_embeddings
+    untied = lm_head and not ties_lm_head(config, tensors)
     try:
         with torch.device("meta"):
             model = Qwen3Model(replace(config, vocab_size=rows), ops, lm_head=untied, layout=layout)
@@ -78,5 +79,14 @@ def open_model(
         raise CheckpointError(f"{directory}/config.json: expected the sizes of a model, found {config}") from error
     for name, parameter in model.state_dict().items():
         tensors.check(name, tuple(parameter.shape))
-    tensors.check_none_left(model.state_dict())
+    decoder_only = not layout.modules and layout.score != "score"
+    tensors.check_none_left(model.state_dict(), decoder_only=decoder_only)
     return model.eval(), tensors
+
+
+def ties_lm_head(config: Qwen3Config, tensors: Tensors) -> bool:
+    """Whether the embeddings are the lm_head, too; as in transformers 5, never where another lm_head is stored."""
+    lm_head, embeddings = "lm_head.weight", "embed_tokens.weight"
+    if not config.tie_word_embeddings or lm_head not in tensors:
+        return config.tie_word_embeddings
+    return tensors.dtype(lm_head) == tensors.dtype(embeddings) and torch.equal(tensors[lm_head], tensors[embeddings])

@@ -1,18 +1,31 @@
-"""Find a checkpoint: a directory, one that comes with the package, or a hub id, downloaded where it is not cached."""
+"""Find a checkpoint: a directory, one that comes with the package, or a hub id, downloaded where it is not cached.
 
+And its files of weights: in the directory itself, in the folders of its modules, of the base model of an adapter.
+"""
+
+import json
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+from qwen3core.config import read_json
 from qwen3core.errors import CheckpointError, InputError
-
-from .tensors import weight_map
 
 SHIPPED = ("tiny-embedding", "tiny-reranker")
 """Small trained checkpoints beside this file."""
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+OTHER_FORMATS = {
+    **dict.fromkeys((".bin", ".pt", ".pth"), "a pickle, which runs code: convert it by transformers' save_pretrained"),
+    ".gguf": "GGUF, which llama.cpp serves",
+    ".h5": "TensorFlow's: convert it by transformers' save_pretrained",
+    ".npz": "MLX's, which mlx-lm serves",
+    ".onnx": "ONNX, which onnxruntime serves",
+}
+"""Endings of weights that are not read, and what would read them."""
 
 
 def find(path_or_id: str | Path, *, revision: str | None = None) -> Path:
@@ -36,31 +49,122 @@ def find(path_or_id: str | Path, *, revision: str | None = None) -> Path:
         )
     try:
         cached = _snapshot(name, revision, local_files_only=True)
-        if all((cached / file).exists() for file in ["tokenizer.json", *weight_map(cached).values()]):
-            return cached
+        if _is_complete(cached):
+            return _one_meaning(name, cached)
     except (LocalEntryNotFoundError, HFValidationError, CheckpointError):
         pass  # not cached, or in part: fetch what is missing, or hear why not
     try:
-        return _snapshot(name, revision, local_files_only=False)
+        fetched = _snapshot(name, revision, local_files_only=False)
     except Exception as error:  # the hub's client raises from several libraries
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{name}: expected a local directory, a cached or a reachable hub id, found none "
             f"({type(error).__name__}: {reason})"
         ) from error
-
-
-def base_directory(directory: Path) -> Path:
-    """The directory itself, or that of the base of an adapter."""
-    return directory
+    return _one_meaning(name, fetched)
 
 
 def _snapshot(name: str, revision: str | None, *, local_files_only: bool) -> Path:
+    patterns = ["*.json", "*.safetensors", "*.jinja"]
     return Path(
         huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=["*.json", "*.safetensors"], local_files_only=local_files_only
+            name, revision=revision, allow_patterns=patterns, local_files_only=local_files_only
         )
     )
+
+
+def _is_complete(directory: Path) -> bool:
+    """Whether a cached snapshot has every file that opening it needs. Raises CheckpointError."""
+    adapter = (directory / ADAPTER_CONFIG).exists()  # its tokenizer and its weights may be its base model's
+    files = [ADAPTER] if adapter else ["tokenizer.json", *weight_map(directory).values()]
+    dense = [f"{folder}/{SINGLE}" for folder, kind in module_folders(directory).items() if kind == "Dense"]
+    return all((directory / file).exists() for file in [*files, *dense])
+
+
+def _one_meaning(name: str, directory: Path) -> Path:
+    """The directory; CheckpointError for an adapter beside full weights, of which transformers makes two models."""
+    if (directory / ADAPTER_CONFIG).exists() and has_weights(directory):
+        raise CheckpointError(
+            f"{name}: expected {SINGLE} or {ADAPTER_CONFIG}, found both: transformers adds the adapter of a hub id to "
+            f"its base_model_name_or_path, that of a directory to the weights beside it; for these, open {directory}"
+        )
+    return directory
+
+
+def base_directory(directory: str | Path) -> Path:
+    """The directory with a checkpoint's config and full weights: itself, or of a PEFT adapter its base model's.
+
+    As transformers has it: weights beside ``adapter_config.json`` are those that the adapter is for; else its
+    ``base_model_name_or_path`` names them, a path (from the working directory) or a hub id, of its ``revision``.
+    Raises CheckpointError where that leads nowhere, or to another adapter.
+    """
+    directory = Path(directory)
+    file = directory / ADAPTER_CONFIG
+    if not file.exists() or has_weights(directory):
+        return directory
+    config = read_json(file)
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(name, str) or not isinstance(revision, str | None):
+        raise CheckpointError(
+            f"{file}: base_model_name_or_path, revision: expected text, found {name!r:.80}, {revision!r:.80}"
+        )
+    try:
+        base = find(name, revision=None if os.path.isdir(name) else revision)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: base_model_name_or_path: {error}") from error
+    if (base / ADAPTER_CONFIG).exists():
+        raise CheckpointError(f"{file}: base_model_name_or_path: expected a full model, found an adapter in {base}")
+    return base
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether full weights lie in the directory itself."""
+    return any((directory / name).exists() for name in (SINGLE, INDEX))
+
+
+def weight_map(directory: Path) -> dict[str, str]:
+    """Tensor key to file name, from the index; ``{"": SINGLE}`` where there is one file. Raises CheckpointError."""
+    if (directory / SINGLE).exists():
+        return {"": SINGLE}
+    index = directory / INDEX
+    if not index.exists():
+        raise CheckpointError(
+            f"{directory}: expected {SINGLE} or {INDEX}, found {other_weights(directory) or 'neither'}"
+        )
+    mapped = read_json(index).get("weight_map")
+    if not isinstance(mapped, dict) or not mapped:
+        raise CheckpointError(f"{index}: weight_map: expected an object of tensor to file, found {mapped!r:.80}")
+    for key, shard in mapped.items():
+        inside = isinstance(shard, str) and shard == PurePosixPath(shard).name == PureWindowsPath(shard).name
+        if not inside or not shard.endswith(".safetensors") or "\0" in shard:
+            raise CheckpointError(
+                f"{index}: tensor {key!r}: expected the name of a .safetensors file in this directory, "
+                f"found {shard!r:.200}"
+            )
+    return mapped
+
+
+def other_weights(directory: Path) -> str:
+    """Weights of formats that are not read, in the directory or its ``onnx``, in words; empty where there are none."""
+    files = sorted(path for pattern in ("*", "onnx/*") for path in directory.glob(pattern))
+    found = [f"{path.name} ({OTHER_FORMATS[path.suffix]})" for path in files if path.suffix in OTHER_FORMATS]
+    return ", ".join(found)
+
+
+def module_folders(directory: Path) -> dict[str, str]:
+    """The folders that modules.json, of sentence-transformers, names, each once, and the class of module in each.
+
+    Raises CheckpointError.
+    """
+    listed = directory / "modules.json"
+    try:
+        modules = json.loads(listed.read_text("utf-8")) if listed.exists() else []
+        kinds = {os.path.normpath(module["path"] or "."): str(module.get("type")) for module in modules}
+        if outside := [name for name in kinds if os.path.isabs(name) or name.split("/")[0] == ".."]:
+            raise ValueError(f"outside of its directory: {outside[0]}")
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{listed}: expected modules with paths, found something else ({error})") from error
+    return {name: kind.rpartition(".")[2] for name, kind in kinds.items() if name != "."}
 
 
 def is_embedding(directory: Path) -> bool:

@@ -9,12 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qwen3core.config import read_json
 from qwen3core.errors import CheckpointError, InputError, check_number, warn
 from qwen3core.tokenizer import Tokenizer
 
-from .build import open_model
-from .find import is_embedding
-from .tensors import check_apart, rewrite
+from .build import open_model, ties_lm_head
+from .find import is_embedding, module_folders
+from .tensors import check_rewritable, rewrite
+
+SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.json", "chat_template.jinja")
+"""Files of prompts, lengths and templates, whose differences a merger survives."""
 
 
 def merge(
@@ -42,22 +46,25 @@ def merge(
     check_number("weights: their sum", sum(shares), 0)
     paths = [Path(directory) for directory in directories]
     for path in paths:
-        check_apart(path, Path(output))
+        check_rewritable(path, Path(output))
     models = [open_model(path) for path in paths]
-    first, *others = [tensors for _, tensors in models]
-    for tensors in others:
+    tied = [ties_lm_head(model.config, tensors) for model, tensors in models]
+    (_, first), *others = models
+    for (_, tensors), ties in zip(others, tied[1:], strict=True):
         for name in first:
-            tensors.check(name, first.shape(name))
+            tensors.check(_stored(name, ties), first.shape(name))
         tensors.check_none_left(set(first))
-    _check_arithmetic(paths, [asdict(model.config) for model, _ in models])
+    configs = [asdict(model.config) for model, _ in models]
+    _check_arithmetic(paths, [c | {"tie_word_embeddings": ties} for c, ties in zip(configs, tied, strict=True)])
     _check_tokenizers(paths)
     _check_jobs(paths)
+    _check_surroundings([path for path in paths if (path / "modules.json").exists()])
 
     def merged(name: str) -> Tensor:
         result, total = first[name].float(), shares[0]
-        for tensors, share in zip(others, shares[1:], strict=True):
+        for (_, tensors), ties, share in zip(others, tied[1:], shares[1:], strict=True):
             total += share
-            result = (torch.lerp if linear else slerp)(result, tensors[name].float(), share / total)
+            result = (torch.lerp if linear else slerp)(result, tensors[_stored(name, ties)].float(), share / total)
         return result
 
     rewrite(paths[0], output, merged)
@@ -115,6 +122,42 @@ def _check_jobs(paths: Sequence[Path]) -> None:
                 f"{path / 'modules.json'}: expected an embedding checkpoint as {embedding[0]}, found no pooling in it"
             )
         warn(f"{path}: expected an embedding checkpoint as {embedding[0]}, found no modules.json: is it a reranker?")
+
+
+def _check_surroundings(paths: Sequence[Path]) -> None:
+    """Raise CheckpointError where other modules follow the decoder; warn where prompts, lengths or templates differ."""
+    stated = [_surroundings(path) for path in paths]
+    for path, there in zip(paths[1:], stated[1:], strict=True):
+        changed = sorted(name for name in {**stated[0], **there} if stated[0].get(name) != there.get(name))
+        for name in changed:
+            if name not in SETTINGS:
+                raise CheckpointError(
+                    f"{path / name}: expected what {paths[0]} has, {stated[0].get(name)}, found {there.get(name)}"
+                )
+        if changed:
+            warn(f"{path}: its {', '.join(changed)} differ from those of {paths[0]}, which the merged checkpoint has")
+
+
+def _surroundings(path: Path) -> dict[str, object]:
+    """What stands around the decoder, by file: the modules and their configs, and ``SETTINGS`` that are there."""
+    folders = module_folders(path)
+    files = [
+        *(path / name for name in SETTINGS),
+        *(file for folder in folders for file in (path / folder).glob("*.json")),
+    ]
+    found: dict[str, object] = {"modules.json": folders}
+    for file in files:
+        if file.is_file():
+            stated: object = file.read_text("utf-8") if file.suffix == ".jinja" else read_json(file)
+            if isinstance(stated, dict):
+                stated.pop("__version__", None)  # of the libraries that wrote it
+            found[str(file.relative_to(path))] = stated
+    return found
+
+
+def _stored(name: str, ties: bool) -> str:
+    """The tensor that a parameter is in a checkpoint, which may tie the lm_head to the embeddings."""
+    return "embed_tokens.weight" if ties and name == "lm_head.weight" else name
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:

@@ -1,14 +1,13 @@
 """Read a checkpoint's safetensors, tensor by tensor, and write one like it with other weights.
 
-Nothing is renamed: keys are parameter names, with or without a leading ``model.``. Other formats (pickled .bin, GGUF)
-are refused, since a pickle runs code.
+Nothing is renamed: keys are parameter names, with or without a leading ``model.``; those of a module of
+sentence-transformers begin with its folder. Other formats (pickled .bin, GGUF) are refused, since a pickle runs code.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Container, Iterator
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,43 +18,78 @@ from qwen3core.config import read_json
 from qwen3core.errors import CheckpointError, InputError
 from qwen3core.writing import writing_into
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+from .adapter import LowRank, read_adapter
+from .find import ADAPTER, ADAPTER_CONFIG, INDEX, SINGLE, base_directory, module_folders, other_weights, weight_map
+
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Names of dtypes in a safetensors header, those that weights of a model may have."""
-OTHER_FORMATS = {".bin", ".pt", ".pth", ".gguf", ".h5", ".onnx", ".npz"}
-"""Endings of weights that this does not read."""
 
 
 class Tensors:
     """The tensors of a checkpoint by parameter name (no ``model.``), read on access, as pages of the file.
 
-    ``tensors[name]`` raises CheckpointError where the tensor is missing.
+    ``tensors[name]`` raises CheckpointError where the tensor is missing. Changes of a PEFT adapter are added on access:
+    such a tensor is float32, or float64 where it is stored so, whatever ``dtype`` says that it is stored in.
     """
 
     def __init__(self, directory: str | Path) -> None:
         """Open every safetensors file and index its tensors. Raises CheckpointError."""
         self.directory = Path(directory)
         self._where: dict[str, tuple[Path, str, safe_open]] = {}
-        mapped = weight_map(self.directory)
-        for file in sorted({self.directory / shard for shard in mapped.values()}):
-            handle = _open(file)
-            for key in handle.keys():  # noqa: SIM118 - not a dict
-                name = key.removeprefix("model.")
-                if name in self._where:
-                    other, other_key, _ = self._where[name]
-                    raise CheckpointError(
-                        f"{file}: tensor {key!r}: expected it once, found it also in {other.name} as {other_key!r}"
-                    )
-                self._where[name] = (file, key, handle)
+        self._low_rank: dict[str, LowRank] = {}
+        base = base_directory(self.directory)
+        mapped = weight_map(base)
+        for file in sorted({base / shard for shard in mapped.values()}):
+            self._add(file, "")
         for key, shard in mapped.items():
             if key and (found := self._locate(key.removeprefix("model."))[0].name) != shard:
+                raise CheckpointError(f"{base / INDEX}: tensor {key!r}: expected it in {shard}, found it in {found}")
+        self._folders = module_folders(self.directory)
+        for folder in self._folders:
+            file = self.directory / folder / SINGLE
+            if file.exists():
+                self._add(file, f"{folder}.")
+            elif others := other_weights(file.parent):
+                raise CheckpointError(f"{file}: expected a safetensors file, found {others}")
+        if (self.directory / ADAPTER_CONFIG).exists():
+            self._adapt(read_json(base / "config.json").get("tie_word_embeddings") is True)
+
+    def _add(self, file: Path, folder: str) -> None:
+        """Index a file; ``folder`` begins the names of a module's tensors."""
+        handle = _open(file)
+        for key in handle.keys():  # noqa: SIM118 - not a dict
+            name = folder + key if folder else key.removeprefix("model.")
+            if name in self._where:
+                other, other_key, _ = self._where[name]
                 raise CheckpointError(
-                    f"{self.directory / INDEX}: tensor {key!r}: expected it in {shard}, found it in {found}"
+                    f"{file}: tensor {key!r}: expected it once, found it also in {other.name} as {other_key!r}"
+                )
+            self._where[name] = (file, key, handle)
+
+    def _adapt(self, tied: bool) -> None:
+        """Take up the tensors of the adapter, which are checked. tied: whether the base ties lm_head and embeddings."""
+        file = self.directory / ADAPTER
+        if not file.exists() and (others := other_weights(self.directory)):
+            raise CheckpointError(f"{file}: expected a safetensors file, found {others}")
+        handle = _open(file)
+        replaced, self._low_rank = read_adapter(self.directory / ADAPTER_CONFIG, file, handle)
+        if tied and {"embed_tokens.weight", "lm_head.weight"} & (replaced.keys() | self._low_rank.keys()):
+            # As peft has it, which adapts one of the two and leaves the other as it was.
+            self._where.setdefault("lm_head.weight", self._locate("embed_tokens.weight"))
+        self._where |= {name: (file, key, handle) for name, key in replaced.items()}
+        for name, change in self._low_rank.items():
+            if change.shape != self.shape(name):
+                raise CheckpointError(
+                    f"{file}: {name}: expected a change of shape {list(self.shape(name))}, found {list(change.shape)}"
                 )
 
     def __getitem__(self, name: str) -> Tensor:
         _, key, handle = self._locate(name)
-        return handle.get_tensor(key)
+        weight = handle.get_tensor(key)
+        return self._low_rank[name].add_to(weight) if name in self._low_rank else weight
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._where
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
@@ -96,39 +130,24 @@ class Tensors:
             file, key, _ = self._locate(name)
             raise CheckpointError(f"{file}: tensor {key!r}: expected shape {list(shape)}, found {list(found)}")
 
-    def check_none_left(self, expected: Container[str]) -> None:
-        """Raise CheckpointError for a tensor that is not expected; an lm_head that is not needed stays on disk."""
+    def check_none_left(self, expected: Container[str], *, decoder_only: bool = False) -> None:
+        """Raise CheckpointError for a tensor that is not expected; an lm_head that is not needed stays on disk.
+
+        decoder_only: so does what follows the decoder, a score head and the modules in folders.
+        """
         for name, (file, key, _) in self._where.items():
-            if name not in expected and name != "lm_head.weight":
+            unneeded = name == "lm_head.weight" or (decoder_only and self._follows_decoder(name))
+            if name not in expected and not unneeded:
                 raise CheckpointError(f"{file}: unexpected tensor {key!r}")
+
+    def _follows_decoder(self, name: str) -> bool:
+        return name == "score.weight" or name.startswith(tuple(f"{folder}." for folder in self._folders))
 
     def _locate(self, name: str) -> tuple[Path, str, safe_open]:
         if name not in self._where:
             files = ", ".join(sorted({file.name for file, _, _ in self._where.values()}))
             raise CheckpointError(f"{self.directory}: missing tensor {name!r} in {files}")
         return self._where[name]
-
-
-def weight_map(directory: Path) -> dict[str, str]:
-    """Tensor key to file name, from the index; ``{"": SINGLE}`` where there is one file. Raises CheckpointError."""
-    if (directory / SINGLE).exists():
-        return {"": SINGLE}
-    index = directory / INDEX
-    if not index.exists():
-        others = ", ".join(sorted(p.name for p in directory.iterdir() if p.suffix in OTHER_FORMATS))
-        found = f"{others}, which this does not read" if others else "neither"
-        raise CheckpointError(f"{directory}: expected {SINGLE} or {INDEX}, found {found}")
-    mapped = read_json(index).get("weight_map")
-    if not isinstance(mapped, dict) or not mapped:
-        raise CheckpointError(f"{index}: weight_map: expected an object of tensor to file, found {mapped!r:.80}")
-    for key, shard in mapped.items():
-        inside = isinstance(shard, str) and shard == PurePosixPath(shard).name == PureWindowsPath(shard).name
-        if not inside or not shard.endswith(".safetensors") or "\0" in shard:
-            raise CheckpointError(
-                f"{index}: tensor {key!r}: expected the name of a .safetensors file in this directory, "
-                f"found {shard!r:.200}"
-            )
-    return mapped
 
 
 def _open(file: Path) -> safe_open:
@@ -147,20 +166,25 @@ def rewrite(source: str | Path, directory: str | Path, tensor: Callable[[str], T
     """Write a checkpoint like ``source`` with other weights: same files, keys, shapes and dtypes; a shard in memory.
 
     tensor: by parameter name. ``directory`` is made if need be; its files change only once all are written. Raises
-    InputError where it is in ``source``, or a weight is not finite in the checkpoint's dtype; CheckpointError, OSError.
+    InputError as ``check_rewritable``, and where a weight is not finite in the checkpoint's dtype; CheckpointError,
+    OSError.
     """
     source, directory = Path(source), Path(directory)
-    check_apart(source, directory)
-    tensors, others = Tensors(source), beside_weights(source)
+    check_rewritable(source, directory)
+    tensors = Tensors(source)
+    files = tensors.files()
+    others = [path for path in beside_weights(source) if path not in files]
     with writing_into(directory) as part:
-        for file, keys in tensors.files().items():
+        for file, keys in files.items():
             shard = {key: tensor(name).to(tensors[name].dtype).contiguous() for name, key in keys.items()}
             for key, weight in shard.items():
                 if not weight.isfinite().all():
                     raise InputError(
                         f"{key}: expected weights that are finite in {weight.dtype}, found some that are not"
                     )
-            save_file(shard, part / file.name, metadata={"format": "pt"})
+            place = part / file.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            save_file(shard, place, metadata={"format": "pt"})
         for path in others:
             copy_within(source, path, part)
 
@@ -172,8 +196,13 @@ def copy_within(source: Path, path: Path, directory: Path) -> None:
     shutil.copyfile(path, copy)
 
 
-def check_apart(source: Path, directory: Path) -> None:
-    """Raise InputError where a checkpoint would be written over the one it is made from, or into it."""
+def check_rewritable(source: Path, directory: Path) -> None:
+    """Raise InputError where a checkpoint would be made from an adapter, or written over the one it is made from."""
+    if (source / ADAPTER_CONFIG).exists():
+        raise InputError(
+            f"{source}: expected a checkpoint of full weights to write another one from, found {ADAPTER_CONFIG}: "
+            "merge the adapter first, by peft's merge_and_unload"
+        )
     source, directory = source.resolve(), directory.resolve()
     if directory.is_relative_to(source):
         found = "the same" if directory == source else f"one inside {source}"
@@ -183,17 +212,10 @@ def check_apart(source: Path, directory: Path) -> None:
 def beside_weights(source: Path) -> list[Path]:
     """The other files of a checkpoint: by ending at its top, in folders that modules.json names, of chat templates.
 
-    Whatever else is in its directory, such as earlier outputs, is none of it. Raises CheckpointError.
+    Weights in these folders are among them. Whatever else is in its directory, such as earlier outputs, is none of it.
+    Raises CheckpointError.
     """
-    listed, named = source / "modules.json", set[str]()
-    try:
-        if listed.exists():
-            named = {os.path.normpath(module["path"] or ".") for module in json.loads(listed.read_text("utf-8"))}
-        if outside := [name for name in named if os.path.isabs(name) or name.split("/")[0] == ".."]:
-            raise ValueError(f"outside of its directory: {outside[0]}")
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{listed}: expected modules with paths, found something else ({error})") from error
-    folders = named - {"."} | {"additional_chat_templates"}  # of transformers
+    folders = [*module_folders(source), "additional_chat_templates"]  # the latter of transformers
     top = [path for ending in ("*.json", "*.jinja", "*.md", "merges.txt", "LICENSE*") for path in source.glob(ending)]
-    inside = [path for folder in sorted(folders) for path in (source / folder).rglob("*")]
+    inside = [path for folder in folders for path in (source / folder).rglob("*")]
     return [path for path in [*top, *inside] if path.is_file()]

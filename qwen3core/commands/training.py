@@ -15,8 +15,9 @@ from ..layout import Layout
 from ..reranker import Reranker
 from ..training import lora, losses
 from ..training.files import STATE
+from ..weights.build import ties_lm_head
 from ..weights.find import SHIPPED, find
-from ..weights.tensors import check_apart, rewrite
+from ..weights.tensors import Tensors, check_rewritable, rewrite
 from .arguments import Commands, add_command, add_device, add_job, open_pretrained
 from .files import text_argument
 
@@ -61,7 +62,7 @@ def train(args: argparse.Namespace) -> int:
     """Train a checkpoint on files of examples, and write the trained one."""
     options = training.Options(**{field.name: getattr(args, field.name) for field in fields(training.Options)})
     directory = find(args.model, revision=args.revision)
-    check_apart(directory, args.output)
+    check_rewritable(directory, args.output)
     _check_resumable(args.output)
     examples = training.read_examples(args.inputs)
     if torch.cuda.is_available():
@@ -79,7 +80,10 @@ def train(args: argparse.Namespace) -> int:
 
     def write() -> None:
         weights = lora.merged_weights(model) if args.lora is not None else model.state_dict()
-        rewrite(directory, args.output, weights.__getitem__)
+        stored = Tensors(directory)
+        if ties_lm_head(model.config, stored):
+            weights["lm_head.weight"] = weights["embed_tokens.weight"]
+        rewrite(directory, args.output, lambda name: weights[name] if name in weights else stored[name])
         if args.lora is not None:
             base = str(directory.resolve()) if os.path.isdir(args.model) or args.model in SHIPPED else args.model
             adapter = args.output / "adapter"

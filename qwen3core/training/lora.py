@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..errors import InputError, check_int
 from ..model import Qwen3Model
-from ..weights.tensors import INDEX, beside_weights, copy_within
+from ..weights.find import ADAPTER, INDEX
+from ..weights.tensors import beside_weights, copy_within
 from ..writing import writing_into
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -50,7 +51,7 @@ def save_lora(
         for path in beside_weights(source):
             if path.name not in ("config.json", INDEX, "README.md") or path.parent != source:  # those of the base alone
                 copy_within(source, path, part)
-        save_file({prefix + name: x.contiguous() for name, x in adapters.items()}, part / "adapter_model.safetensors")
+        save_file({prefix + name: x.contiguous() for name, x in adapters.items()}, part / ADAPTER)
         config.save_pretrained(part)
 
 
