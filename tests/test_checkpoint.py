@@ -480,6 +480,14 @@ def on_bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
     return lambda d: (d / SINGLE).write_bytes(change((d / SINGLE).read_bytes()))
 
 
+def moved_to(name: str) -> Callable[[Path], object]:
+    def change(directory: Path) -> None:
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / SINGLE).rename(directory / name)
+
+    return change
+
+
 def embedding_of_shape(*shape: int) -> Callable[[Path], object]:
     """A file that is valid, with an embedding matrix that no model has."""
 
@@ -493,23 +501,13 @@ def embedding_of_shape(*shape: int) -> Callable[[Path], object]:
     return on_bytes(change)
 
 
-def _rename_weights(directory: Path, name: str) -> None:
-    (directory / name).parent.mkdir(exist_ok=True)
-    (directory / SINGLE).rename(directory / name)
-
-
 QUERY = "layers.0.self_attn.q_proj.weight"
 SINGLE_FILE = {
     "no weights": (lambda d: (d / SINGLE).unlink(), (SINGLE, INDEX, "neither")),
-    **{
-        f"only {name}": (partial(_rename_weights, name=name), (SINGLE, Path(name).name, *parts))
-        for name, *parts in [
-            ("pytorch_model.bin", "pickle", "save_pretrained"),
-            ("Q8_0.gguf", "GGUF", "llama.cpp"),
-            ("weights.npz", "MLX", "mlx-lm"),
-            ("onnx/model.onnx", "ONNX", "onnxruntime"),
-        ]
-    },
+    "only a pickle": (moved_to("pytorch_model.bin"), (SINGLE, "pytorch_model.bin", "pickle", "save_pretrained")),
+    "only GGUF": (moved_to("Q8_0.gguf"), (SINGLE, "Q8_0.gguf", "GGUF", "llama.cpp")),
+    "only MLX": (moved_to("weights.npz"), (SINGLE, "weights.npz", "mlx-lm")),
+    "only ONNX": (moved_to("onnx/model.onnx"), (SINGLE, "model.onnx", "onnxruntime")),
     "directory": (lambda d: ((d / SINGLE).unlink(), (d / SINGLE).mkdir()), (SINGLE, "something else")),
     "empty": (on_bytes(lambda file: b""), (SINGLE, "0 bytes")),
     "seven bytes": (on_bytes(lambda file: file[:7]), (SINGLE, "7 bytes")),

@@ -77,7 +77,7 @@ def read_adapter(config_file: Path, file: Path, handle: safe_open) -> tuple[dict
     for key in handle.keys():  # noqa: SIM118 - not a dict
         found = _KEY.fullmatch(key)
         module, kind = found.groups() if found else ("", "")
-        saved = kind == "weight" and any(f".{module}".endswith(f".{name}") for name in config["modules_to_save"] or [])
+        saved = kind == "weight" and module.endswith(tuple(config["modules_to_save"] or ()))  # as peft matches
         if kind.startswith("lora_"):
             given, part = pairs.setdefault(f"{module}.weight", {}), kind.removesuffix(".weight")
         elif saved or kind == "base_layer.weight":
