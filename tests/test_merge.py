@@ -179,6 +179,72 @@ def test_an_embedding_checkpoint_and_a_reranker(three, other, tmp_path, order):
         merge([other, other], tmp_path / "two_of_a_kind")
 
 
+def add_dense(directory, value):
+    """A Dense of sentence-transformers in a folder of its own, every weight the value."""
+    change(directory / "modules.json", lambda data: data.append({"path": "3_Dense", "type": "x.modules.Dense"}))
+    (directory / "3_Dense").mkdir()
+    (directory / "3_Dense" / "config.json").write_text('{"in_features": 64, "out_features": 2}', "utf-8")
+    weights = {"linear.weight": torch.full((2, 64), value)}
+    save_file(weights, directory / "3_Dense" / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def test_modules_in_folders_are_merged(three, tmp_path):
+    first, second = (
+        add_dense(shutil.copytree(path, tmp_path / path.name), i + 1.0) for i, path in enumerate(three[:2])
+    )
+    merge([first, second], tmp_path / "out", linear=True)
+    assert torch.equal(Tensors(tmp_path / "out")["3_Dense.linear.weight"], torch.full((2, 64), 1.5))
+    assert (tmp_path / "out" / "3_Dense" / "config.json").exists()
+    for arguments in ([first, three[1]], [three[0], second]):
+        with pytest.raises(CheckpointError, match=r"(missing|unexpected) tensor '(3_Dense\.)?linear\.weight'"):
+            merge(arguments, tmp_path / "not")
+    change(second / "3_Dense" / "config.json", lambda data: data.update(activation_function="torch.nn.Tanh"))
+    with pytest.raises(CheckpointError, match=r"3_Dense/config\.json: expected what .* has, .*, found .*Tanh"):
+        merge([first, second], tmp_path / "not")
+
+
+def test_other_modules_and_other_settings(three, other, tmp_path):
+    shutil.copyfile(three[0] / "modules.json", other / "modules.json")
+    settings = other / "config_sentence_transformers.json"
+    change(settings, lambda data: data.update(__version__="another"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge([three[0], other], tmp_path / "same")
+    change(settings, lambda data: data.update(prompts={"query": "another: "}))
+    with pytest.warns(UserWarning, match=r"its config_sentence_transformers\.json differ from those of"):
+        merge([three[0], other], tmp_path / "warned")
+    change(other / "1_Pooling" / "config.json", lambda data: data.update(include_prompt=False))
+    with pytest.raises(CheckpointError, match=r"1_Pooling/config\.json: expected what .* has, .*, found .*False"):
+        merge([three[0], other], tmp_path / "out")
+    shutil.copyfile(three[0] / "1_Pooling" / "config.json", other / "1_Pooling" / "config.json")
+    change(other / "modules.json", lambda data: data.pop())
+    with pytest.raises(CheckpointError, match=r"modules\.json: expected what .* has, .*Normalize.*, found"):
+        merge([three[0], other], tmp_path / "out")
+
+
+@pytest.mark.parametrize("stored", [(True, False), (False, True), (True, True)])
+def test_an_lm_head_stored_beside_tied_embeddings(three, tmp_path, stored):
+    """It is merged as the embeddings are where it equals them, and is no reranker's otherwise."""
+    paths = [shutil.copytree(path, tmp_path / path.name) for path in three[1:]]
+    for path, has in zip(paths, stored, strict=True):
+        (path / "modules.json").unlink()
+        if has:
+            weights = {name: Tensors(path)[name] for name in Tensors(path)}
+            weights["lm_head.weight"] = weights["embed_tokens.weight"].clone()
+            save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    merge(paths, tmp_path / "out")
+    out = Tensors(tmp_path / "out")
+    assert ("lm_head.weight" in out) == stored[0]
+    if stored[0]:
+        assert torch.equal(out["lm_head.weight"], out["embed_tokens.weight"])
+    path = paths[stored.index(True)]
+    weights = {name: Tensors(path)[name] for name in Tensors(path)}
+    save_file(weights | {"lm_head.weight": 2 * weights["lm_head.weight"]}, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="tie_word_embeddings: expected"):
+        merge(paths, tmp_path / "not")
+
+
 def test_a_merger_that_is_not_finite(three, tmp_path):
     """As one of the sources is, or since the first one's dtype cannot hold a number of another."""
     name = "layers.1.mlp.up_proj.weight"
