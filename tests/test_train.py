@@ -14,6 +14,7 @@ import pytest
 import tolerances
 import torch
 from limits import full_disk, umask
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from qwen3core import Embedder, InputError, Reranker, capture, reference
@@ -22,6 +23,7 @@ from qwen3core.parity import parity
 from qwen3core.training import Example, Options, embedding_task, losses, read_examples, reranking_task, train
 from qwen3core.training.cached_gradients import CachedGradients
 from qwen3core.training.losses import Groups
+from qwen3core.weights.tensors import Tensors
 
 EXAMPLES = [
     Example(f"what is {a}", f"{a} is a kind of {b}", (f"{c} is a kind of {b}",))
@@ -575,3 +577,16 @@ def test_the_command_refuses_before_it_trains(flags, message, embedding_dir, dat
     assert message in capsys.readouterr().err
     assert sorted(model.iterdir()) == before
     assert not (tmp_path / "out").exists()
+
+
+def test_a_stored_copy_of_the_embeddings_follows_them(reranker_dir, data, tmp_path):
+    """transformers ties an lm_head that a checkpoint stores beside tied embeddings only where the two are equal."""
+    source, out = shutil.copytree(reranker_dir, tmp_path / "source"), tmp_path / "out"
+    weights = {name: Tensors(source)[name] for name in Tensors(source)}
+    weights["lm_head.weight"] = weights["embed_tokens.weight"].clone()
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    flags = ["--batch-size", "4", "--learning-rate", "1e-2"]
+    assert main(["train", str(source), str(data), "-o", str(out), *flags]) == 0
+    trained = Tensors(out)
+    assert torch.equal(trained["lm_head.weight"], trained["embed_tokens.weight"])
+    assert not torch.equal(trained["lm_head.weight"], weights["lm_head.weight"])
