@@ -14,6 +14,8 @@ import torch
 if not torch.cuda.is_available():  # before triton is imported, which reads it then
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import layouts
+
 from qwen3core.weights.synthesize import synthesize
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,3 +50,11 @@ def facts():
     if not path.exists():
         pytest.skip(f"no facts at ../{path.relative_to(ROOT.parent)}")
     return json.loads(path.read_text("utf-8"))
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory):
+    """Float32 checkpoints to copy and change, by the job of what they become; read only."""
+    root = tmp_path_factory.mktemp("layouts")
+    embedding, reranker = (layouts.base(root / kind, kind) for kind in ("embedding", "reranker"))
+    return {"embedding": embedding, "reranker": reranker, "late interaction": embedding}

@@ -304,7 +304,7 @@ def adapter(directory: Path, target: Path | None = None, **changed: object) -> N
 # What sentence-transformers and transformers compute, and what we do: a list of arrays each.
 
 
-def embedding_truth(directory: Path) -> list[np.ndarray]:
+def embedding_truth(directory: Path, texts: list[str] = TEXTS) -> list[np.ndarray]:
     """Vectors of encode, encode with a prompt, encode_query and encode_document, and similarities.
 
     A cut to ``truncate_dim`` comes after Normalize in sentence-transformers; we normalise again, as the model cards do.
@@ -314,36 +314,36 @@ def embedding_truth(directory: Path) -> list[np.ndarray]:
     model = SentenceTransformer(str(directory), device="cpu", local_files_only=True)
     unit = json.loads((directory / "modules.json").read_text("utf-8"))[-1]["type"].endswith(".Normalize")
     options: dict[str, Any] = {"normalize_embeddings": unit}
-    plain, prompted = model.encode(TEXTS, **options), model.encode(TEXTS, prompt=PROMPT, **options)
-    queries, documents = model.encode_query(TEXTS, **options), model.encode_document(TEXTS, **options)
+    plain, prompted = model.encode(texts, **options), model.encode(texts, prompt=PROMPT, **options)
+    queries, documents = model.encode_query(texts, **options), model.encode_document(texts, **options)
     return [plain, prompted, queries, documents, model.similarity(queries, documents).numpy()]
 
 
-def embedding_ours(directory: Path, **options: Any) -> list[np.ndarray]:
+def embedding_ours(directory: Path, texts: list[str] = TEXTS, **options: Any) -> list[np.ndarray]:
     model = Embedder.from_pretrained(directory, device="cpu", **options)
-    queries, documents = model.encode_query(TEXTS), model.encode_document(TEXTS)
+    queries, documents = model.encode_query(texts), model.encode_document(texts)
     similarity = model.similarity(queries, documents).numpy()
-    return [model.encode(TEXTS), model.encode(TEXTS, prompt=PROMPT), queries, documents, similarity]
+    return [model.encode(texts), model.encode(texts, prompt=PROMPT), queries, documents, similarity]
 
 
-def reranker_truth(directory: Path) -> list[np.ndarray]:
+def reranker_truth(directory: Path, pairs: list[tuple[str, str]] = PAIRS) -> list[np.ndarray]:
     """Scores by the default instruction, and by another where the template takes one; of LogitScore the sigmoid.
 
     Where modules.json is missing, transformers' score of the model card's template.
     """
     if not (directory / "modules.json").exists():
-        return model_card_scores(directory)
+        return model_card_scores(directory, pairs)
     from sentence_transformers import CrossEncoder
 
     model = CrossEncoder(str(directory), device="cpu", local_files_only=True)
     options: dict[str, Any] = {"activation_fn": torch.nn.Sigmoid() if "LogitScore" in repr(model) else None}
-    scores = [model.predict(PAIRS, **options)]
+    scores = [model.predict(pairs, **options)]
     if '"system")' in model.tokenizer.chat_template:
-        scores.append(model.predict(PAIRS, prompt=INSTRUCTION, **options))
+        scores.append(model.predict(pairs, prompt=INSTRUCTION, **options))
     return scores
 
 
-def model_card_scores(directory: Path) -> list[np.ndarray]:
+def model_card_scores(directory: Path, pairs: list[tuple[str, str]] = PAIRS) -> list[np.ndarray]:
     """The model card's template by transformers, one sequence at a time; the sigmoid of a single number."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -366,30 +366,30 @@ def model_card_scores(directory: Path) -> list[np.ndarray]:
         return logits.flatten()[0].sigmoid() if logits.numel() == 1 else logits
 
     tasks = (prompts.DEFAULT_TASK, INSTRUCTION)
-    return [torch.stack([score(task, *pair) for pair in PAIRS]).numpy() for task in tasks]
+    return [torch.stack([score(task, *pair) for pair in pairs]).numpy() for task in tasks]
 
 
-def reranker_ours(directory: Path, **options: Any) -> list[np.ndarray]:
+def reranker_ours(directory: Path, pairs: list[tuple[str, str]] = PAIRS, **options: Any) -> list[np.ndarray]:
     model = Reranker.from_pretrained(directory, device="cpu", **options)
-    scores = [model.predict(PAIRS)]
+    scores = [model.predict(pairs)]
     with contextlib.suppress(InputError):  # a template that has no place for an instruction
-        scores.append(model.predict(PAIRS, instruction=INSTRUCTION))
+        scores.append(model.predict(pairs, instruction=INSTRUCTION))
     return scores
 
 
-def late_truth(directory: Path) -> list[np.ndarray]:
+def late_truth(directory: Path, texts: list[str] = TEXTS) -> list[np.ndarray]:
     """The vectors of all tokens of queries, of documents and of texts without a task, then MaxSim."""
     from sentence_transformers import MultiVectorEncoder
 
     model = MultiVectorEncoder(str(directory), device="cpu", local_files_only=True)
-    found = [model.encode_query(TEXTS), model.encode_document(TEXTS), model.encode(TEXTS)]
-    vectors = [torch.cat([torch.as_tensor(vectors) for vectors in texts]).numpy() for texts in found]
+    found = [model.encode_query(texts), model.encode_document(texts), model.encode(texts)]
+    vectors = [torch.cat([torch.as_tensor(vectors) for vectors in rows]).numpy() for rows in found]
     return [*vectors, model.similarity(*found[:2]).numpy()]
 
 
-def late_ours(directory: Path, **options: Any) -> list[np.ndarray]:
+def late_ours(directory: Path, texts: list[str] = TEXTS, **options: Any) -> list[np.ndarray]:
     model = Embedder.from_pretrained(directory, device="cpu", **options)
-    found = [model.encode_tokens(TEXTS, task=task) for task in ("query", "document", None)]
+    found = [model.encode_tokens(texts, task=task) for task in ("query", "document", None)]
     return [*(tokens.vectors.numpy() for tokens in found), model.similarity(*found[:2]).numpy()]
 
 

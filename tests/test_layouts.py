@@ -268,14 +268,6 @@ HONOURED = {
 }
 
 
-@pytest.fixture(scope="session")
-def bases(tmp_path_factory):
-    """The checkpoints that are changed."""
-    root = tmp_path_factory.mktemp("layouts")
-    embedding, reranker = (layouts.base(root / kind, kind) for kind in ("embedding", "reranker"))
-    return {"embedding": embedding, "reranker": reranker, "late interaction": embedding}
-
-
 @functools.lru_cache
 def written(bases_root: Path, name: str):
     """The directory of a row of HONOURED, and its truth."""
