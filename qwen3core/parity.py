@@ -3,39 +3,55 @@
     report = parity("Qwen/Qwen3-Embedding-0.6B", dtype="bfloat16")
     print(report); assert report.ok
 
-transformers runs as in the model cards: one left-padded batch, its default attention. Weights are streamed, one layer
-in memory at a time on either side, so that an 8B checkpoint is compared within 24 GiB. Needs transformers, which
-nothing else here does.
+The truth is what the checkpoint declares: sentence-transformers opens it where it has a modules.json, else transformers
+follows the model cards; one padded batch, default attention. Weights are streamed, one layer in memory at a time on
+either side, so that an 8B checkpoint is compared within 24 GiB; an adapter is opened whole, by peft. Needs transformers
+and sentence-transformers, which nothing else here does.
 """
 
 import copy
+import functools
+import importlib
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import samples
-from .batch import PackedBatch, pack
-from .config import read_json
-from .hooks import capture
+from .batch import PackedBatch
+from .embedder import Embedder
+from .errors import InputError
 from .layout import Layout
-from .model import Qwen3Model
 from .ops import Ops, resolve
-from .prompts import DEFAULT_TASK, RERANKER, embedding_query
-from .tokenizer import Tokenizer
+from .pretrained import Pretrained, open_tokenizer
+from .prompts import DEFAULT_TASK, EMBEDDING_PROMPTS, NO, RERANKER, YES
+from .reranker import Reranker
 from .weights.build import open_model
 from .weights.find import find
 from .weights.precision import as_device, as_dtype, quantize
 from .weights.tensors import Tensors
 
+States = dict[str, dict[tuple[int, ...], Tensor]]
+"""By point and by a text's ids, its rows."""
+Calls = list[tuple[str, list[Any]]]
+"""Methods that both sides have, and their inputs."""
+Run = Callable[[str, list[Any]], Tensor]
+CLASSES = {"embedding": "SentenceTransformer", "reranker": "CrossEncoder", "late interaction": "MultiVectorEncoder"}
+RESULTS = {"embedding": "pooled", "reranker": "score", "late interaction": "token vectors"}
+
 FP32_TOLERANCE = 1e-5
-"""float32: largest relative difference of a layer, largest absolute one of vectors and scores. transformers' own
-left-padded batch differs from its single run by about 2e-6; the smallest planted mistake, a wrong eps, by 3e-4."""
+"""float32: largest relative difference of a layer; of vectors and scores the largest absolute one, over their largest
+number where that is above 1. transformers' own left-padded batch differs from its single run by about 2e-6; the
+smallest planted mistake, a wrong eps, by 3e-4."""
 
 LOW_PRECISION_RATIO = 1.5
 """bfloat16, float16: our error against float64, as a multiple of transformers' own. Where a row has few numbers
@@ -100,48 +116,65 @@ def parity(
     """Compare a checkpoint in both implementations.
 
     dtype: as in ``from_pretrained``, but ``"auto"`` is the checkpoint's for both; int8 is compared with float32.
-    kind: ``"embedding"``, ``"reranker"``, or ``"auto"`` (embedding where modules.json names a Pooling). texts: inputs
-    with their prompts, or bodies of the reranker's template; a few real ones by default. Raises CheckpointError and
-    InputError; a difference beyond tolerance does not raise, it makes ``report.ok`` false.
+    job: as in ``from_pretrained``; the reranker's where neither this nor the files say. texts: inputs of ``encode``, or
+    documents for one query; a few real queries and documents by default. Raises CheckpointError and InputError; a
+    difference beyond tolerance does not raise, it makes ``report.ok`` false.
     """
     directory = find(path_or_id, revision=revision)
     layout = Layout.from_directory(directory, job=job)
-    reranker = layout.job != "embedding"
-    max_length = max_length or 8192
+    kind = Embedder if layout.job in Embedder.jobs else Reranker
+    kind._check_job(layout, directory)
+    declared = (directory / "modules.json").exists() and Layout.from_directory(directory).job == layout.job
+    truth = ", ".join(map(_version, ["sentence-transformers"] * declared + ["transformers"]))
     device = as_device(device)
-    model, tensors = open_model(directory, ops=resolve(ops, device), lm_head=reranker)
-    int8 = dtype == "int8"
-    dtype = torch.float32 if int8 else as_dtype(dtype, model, tensors)
-    tokenizer = Tokenizer(directory / "tokenizer.json")
-    tokenizer.check_vocabulary(model.config.vocab_size)
-    texts = texts or _default_texts(reranker)
-    sequences = (tokenizer.reranking if reranker else tokenizer.embedding)(texts, max_length)
-    yes_no = tensors[model.lm_head_name][list(tokenizer.yes_no())] if reranker else None
-    batch = pack(sequences, device=device)
-
+    lm_head = kind is Reranker and layout.score == "lm_head"
+    model, tensors = open_model(directory, ops=resolve(ops, device), lm_head=lm_head, layout=layout)
     oracle = copy.deepcopy(model)
     oracle.ops = Ops.reference()
-    theirs = _transformers(directory, tensors, sequences, yes_no, dtype, device)
-    ours = _ours(model, tensors, batch, yes_no, dtype, int8)
-    exact = _ours(oracle, tensors, batch, yes_no, torch.float64)
-    their_ids = _transformers_ids(directory, texts, reranker, max_length)
-    different = sum(a != b for a, b in zip(sequences, their_ids, strict=True))
-    rows = [Row("token ids", different, different / len(sequences), 0, 0, ok=different == 0)]
-    rows += [_row(name, dtype, int8, theirs[name], ours[name], exact[name]) for name in theirs]
+    int8 = dtype == "int8"
+    dtype = torch.float32 if int8 else as_dtype(dtype, model, tensors)
+    _stream(model, tensors, dtype, device, int8)
+    ours = kind(model, open_tokenizer(directory, layout), max_length=max_length)
+    calls = _calls(kind, texts)
+
+    with nullcontext() if (directory / "adapter_config.json").exists() else _streamed(tensors, device):
+        opened = (_sentence_transformers if declared else _transformers)(directory, ours, dtype)
+    sides = [_theirs(*opened, calls), _ours(ours, calls)]
+    del opened  # an output matrix of 8B takes 2.5 GB
+    _stream(oracle, tensors, torch.float64, device)
+    sides.append(_ours(kind(oracle, ours.tokenizer, max_length=ours.max_length), calls))
+
+    their_ids, our_ids, _ = (states["embed"].keys() for states, _ in sides)
+    different = max(len(our_ids - their_ids), len(their_ids - our_ids))
+    rows = [Row("token ids", different, different / len(their_ids), 0, 0, ok=different == 0)]
+    if common := their_ids & our_ids:
+        for point in sides[0][0]:
+            at = (torch.cat([states[point][ids] for ids in common]) for states, _ in sides)
+            rows.append(_row(point, dtype, int8, *at))
+    rows.append(_row(RESULTS[layout.job or "reranker"], dtype, int8, *(result for _, result in sides)))
     precision = f"int8 against {dtype}" if int8 else dtype
-    tokens = len(batch.input_ids)
-    return Report(f"{Path(path_or_id).name}, {precision}, {len(sequences)} texts, {tokens} tokens, {device.type}", rows)
+    size = f"{sum(len(inputs) for _, inputs in calls)} texts, {sum(map(len, our_ids))} tokens"
+    return Report(f"{Path(path_or_id).name}, {precision}, {size}, {device.type}, against {truth}", rows)
 
 
-def _default_texts(reranker: bool) -> list[str]:
-    """A few real texts: prompts and texts of an embedder, or bodies of the reranker's template."""
+def _version(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError as error:
+        raise InputError(f"parity: expected {package} to compare with, found none: pip install {package}") from error
+
+
+def _calls(kind: type[Pretrained], texts: Sequence[str] | None) -> Calls:
+    """The texts, or a few real ones."""
     documents = [*samples.DOCUMENTS, samples.LONG_DOCUMENT]
-    if reranker:
-        return [RERANKER.fill(DEFAULT_TASK, samples.QUERIES[1], document) for document in documents]
-    return [*(embedding_query(DEFAULT_TASK) + query for query in samples.QUERIES), *documents]
+    if kind is Reranker:
+        return [("predict", [(samples.QUERIES[1], document) for document in texts or documents])]
+    return [("encode", list(texts))] if texts else [("encode_query", samples.QUERIES), ("encode_document", documents)]
 
 
 def _row(point: str, dtype: torch.dtype, int8: bool, theirs: Tensor, ours: Tensor, oracle: Tensor) -> Row:
+    if theirs.shape != ours.shape:
+        return Row(point, math.inf, math.inf, math.inf, math.inf, ok=False)
     a, b, exact = theirs.double(), ours.double(), oracle.double()
     difference = b - a
     row = Row(
@@ -155,7 +188,8 @@ def _row(point: str, dtype: torch.dtype, int8: bool, theirs: Tensor, ours: Tenso
     if int8:
         ok = row.error_ours <= INT8_TOLERANCE
     elif dtype in (torch.float32, torch.float64):
-        ok = (row.max_abs if point in ("pooled", "score") else row.relative) <= FP32_TOLERANCE
+        absolute = row.max_abs / max(1, a.abs().max().item())
+        ok = (absolute if point in RESULTS.values() else row.relative) <= FP32_TOLERANCE
     else:
         ratio = LOW_PRECISION_RATIO * (1 + 2 / a.numel() ** 0.5)
         ok = row.error_ours <= ratio * row.error_transformers
@@ -163,91 +197,153 @@ def _row(point: str, dtype: torch.dtype, int8: bool, theirs: Tensor, ours: Tenso
     return Row(**{**vars(row), "ok": ok and finite})
 
 
-def _ours(
-    model: Qwen3Model,
-    tensors: Tensors,
-    batch: PackedBatch,
-    yes_no: Tensor | None,
-    dtype: torch.dtype,
-    int8: bool = False,
-) -> dict[str, Tensor]:
-    _load_on_demand(model, tensors, dtype, batch.input_ids.device, int8)
+def _ours(pretrained: Any, calls: Calls) -> tuple[States, Tensor]:
+    """Its rows at the points compared; its vectors or scores in the order of the inputs."""
+    states: States = defaultdict(dict)
+
+    def record(name: str, x: Tensor, batch: PackedBatch) -> Tensor:
+        if name in ("embed", "final_norm") or name.endswith("resid_post"):
+            lengths = batch.cu_seqlens.diff().tolist()
+            ids = [tuple(ids.tolist()) for ids in batch.input_ids.split(lengths)]
+            states[name].update(zip(ids, x.split(lengths), strict=True))
+        return x
 
     def run() -> Tensor:
-        return (
-            model.embed(batch)
-            if yes_no is None
-            else model.scores(batch, (yes_no[:1] - yes_no[1:]).to(batch.input_ids.device))
-        )
+        if pretrained.model.layout.pooling or isinstance(pretrained, Reranker):
+            return torch.cat([getattr(pretrained, method)(inputs, convert_to_tensor=True) for method, inputs in calls])
+        tasks = {"encode_query": "query", "encode_document": "document"}
+        return torch.cat([pretrained.encode_tokens(inputs, task=tasks.get(method)).vectors for method, inputs in calls])
 
-    with torch.no_grad():
-        with capture(model, "embed", "layers.*.resid_post", "final_norm") as acts:
-            run()
-        result = run()  # again, without hooks: what is fused, and the last layer for last tokens only, is compared too
-    return dict(acts) | {"pooled" if yes_no is None else "score": result}
-
-
-def _transformers_ids(directory: Path, texts: Sequence[str], reranker: bool, max_length: int) -> list[list[int]]:
-    """The model cards' tokenisation."""
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
-    if not reranker:
-        return tokenizer(list(texts), truncation=True, max_length=max_length)["input_ids"]
-    prefix, suffix = (tokenizer.encode(t, add_special_tokens=False) for t in (RERANKER.prefix, RERANKER.suffix))
-    longest = max_length - len(prefix) - len(suffix)
-    bodies = tokenizer(list(texts), truncation="longest_first", max_length=longest)["input_ids"]
-    return [prefix + body + suffix for body in bodies]
+    pretrained.model.hooks.append(record)
+    run()
+    pretrained.model.hooks.remove(record)
+    # Again, without hooks: what is fused, and the last layer for last tokens only, is compared too.
+    return states, run()
 
 
-def _transformers(
-    directory: Path,
-    tensors: Tensors,
-    sequences: list[list[int]],
-    yes_no: Tensor | None,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> dict[str, Tensor]:
-    """The model cards' recipe under our names, padding taken out: [T, H] each, and all in the model's dtype."""
-    from transformers.models.qwen3 import Qwen3Config as HFConfig
-    from transformers.models.qwen3 import modeling_qwen3
+def _theirs(decoder: Any, run: Run, calls: Calls) -> tuple[States, Tensor]:
+    """As ``_ours``: what transformers' decoder has at our points, without the padding, and the results."""
+    states: States = defaultdict(dict)
+    batch: list[Any] = []
+    """Of the pass that runs, the texts' ids, and which positions are their own."""
 
-    config = HFConfig(**read_json(directory / "config.json"))
-    config.vocab_size = tensors.shape("embed_tokens.weight")[0]
-    with torch.device("meta"):
-        model = modeling_qwen3.Qwen3Model(config).eval()
-    model.rotary_emb = modeling_qwen3.Qwen3RotaryEmbedding(config).to(device)
-    _load_on_demand(model, tensors, dtype, device)
-    ones = [torch.ones(len(s), dtype=torch.long) for s in sequences]
-    mask = nn.utils.rnn.pad_sequence(ones, batch_first=True, padding_side="left").to(device)
-    real = mask.bool()
-    input_ids = torch.zeros_like(mask)
-    input_ids[real] = torch.tensor([i for s in sequences for i in s], device=device)
-    modules = {"embed": model.embed_tokens}
-    modules |= {f"layers.{i}.resid_post": layer for i, layer in enumerate(model.layers)}
-    modules |= {"final_norm": model.norm}
-    states: dict[str, Tensor] = {}
+    @functools.wraps(decoder.forward)  # no hook: sentence-transformers calls forward itself
+    def forward(*args: Tensor, **options: Any) -> Any:
+        input_ids = args[0] if args else options["input_ids"]
+        mask = options["attention_mask"].bool()
+        batch[:] = [tuple(ids[own].tolist()) for ids, own in zip(input_ids, mask, strict=True)], mask
+        return forward.__wrapped__(*args, **options)
+
+    def record(name: str, out: Tensor) -> None:
+        states[name].update((ids, x[own]) for ids, own, x in zip(*batch, out, strict=True))
+
+    decoder.forward = forward
+    modules = {"embed": decoder.embed_tokens}
+    modules |= {f"layers.{i}.resid_post": layer for i, layer in enumerate(decoder.layers)}
+    modules |= {"final_norm": decoder.norm}
     for name, module in modules.items():
-        module.register_forward_hook(lambda _, args, out, name=name: states.update({name: out[real]}))
-    with torch.no_grad():
-        last = model(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state[:, -1]
-    if yes_no is None:
-        return states | {"pooled": F.normalize(last, dim=1)}
-    logits = F.linear(last, yes_no.to(last))
-    return states | {"score": logits.log_softmax(dim=1)[:, 0].exp()}
+        module.register_forward_hook(lambda _, args, out, name=name: record(name, out))
+    return states, torch.cat([run(*call) for call in calls])
 
 
-def _load_on_demand(model: Any, tensors: Tensors, dtype: torch.dtype, device: torch.device, int8: bool = False) -> None:
-    """Give each part of a model on the meta device its weights just before it runs, and take them after."""
-    parts = {"embed_tokens": model.embed_tokens, "norm": model.norm}
-    parts |= {f"layers.{i}": layer for i, layer in enumerate(model.layers)}
+def _sentence_transformers(directory: Path, ours: Any, dtype: torch.dtype) -> tuple[Any, Run]:
+    """Its decoder and its own methods."""
+    library: Any = importlib.import_module("sentence_transformers")
+    layout = ours.model.layout
+    pipeline = getattr(library, CLASSES[layout.job])(
+        str(directory), device=str(ours.device), local_files_only=True, model_kwargs={"dtype": dtype}
+    )
+    pipeline.max_seq_length = min(pipeline.max_seq_length or ours.max_length, ours.max_length)
+    options: dict[str, Any] = {"convert_to_numpy": False, "show_progress_bar": False}
+    if layout.job == "reranker" and layout.score == "lm_head":
+        options["activation_fn"] = nn.Sigmoid()  # a score of tokens is a probability here, whatever is declared
+    if layout.truncate_dim:
+        options["normalize_embeddings"] = layout.normalize  # again after the cut, as the model cards do
 
-    def load(prefix: str, part: nn.Module) -> None:
-        state = {name: tensors[f"{prefix}.{name}"].to(device, dtype) for name in part.state_dict()}
-        part.load_state_dict(state, assign=True)
+    def run(method: str, inputs: list[Any]) -> Tensor:
+        out = getattr(pipeline, method)(inputs, batch_size=len(inputs), **options)
+        return torch.stack(out) if layout.pooling else torch.cat(out)
+
+    return pipeline.transformers_model.base_model, run
+
+
+def _transformers(directory: Path, ours: Any, dtype: torch.dtype) -> tuple[Any, Run]:
+    """The model cards' recipe."""
+    transformers: Any = importlib.import_module("transformers")
+    layout = ours.model.layout
+    heads = {"lm_head": "AutoModelForCausalLM", "score": "AutoModelForSequenceClassification"}
+    kind = heads[layout.score] if isinstance(ours, Reranker) else "AutoModel"
+    model = getattr(transformers, kind).from_pretrained(directory, dtype=dtype, local_files_only=True).to(ours.device)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ours.tokenizer.path.parent, padding_side="left")
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+    def tokens(texts: list[str], length: int) -> list[list[int]]:
+        return tokenizer(texts, truncation="longest_first", max_length=length)["input_ids"]
+
+    def sequences(method: str, inputs: list[Any]) -> list[list[int]]:
+        if method != "predict":
+            prompt = EMBEDDING_PROMPTS["query"] if method == "encode_query" else ""
+            return tokens([prompt + text for text in inputs], ours.max_length)
+        if layout.template != RERANKER:
+            pairs = [[{"role": "query", "content": q}, {"role": "document", "content": d}] for q, d in inputs]
+            return tokenizer.apply_chat_template(pairs, return_dict=True)["input_ids"]
+        ends = (RERANKER.prefix, RERANKER.suffix)
+        prefix, suffix = (tokenizer.encode(text, add_special_tokens=False) for text in ends)
+        bodies = [RERANKER.fill(DEFAULT_TASK, *pair) for pair in inputs]
+        return [prefix + ids + suffix for ids in tokens(bodies, ours.max_length - len(prefix) - len(suffix))]
+
+    @torch.no_grad()
+    def run(method: str, inputs: list[Any]) -> Tensor:
+        batch = tokenizer.pad({"input_ids": sequences(method, inputs)}, return_tensors="pt").to(ours.device)
+        if method != "predict":
+            return F.normalize(model(**batch, use_cache=False).last_hidden_state[:, -1], dim=1)
+        if layout.score == "score":
+            scores = getattr(nn, layout.activation)()(model(**batch, use_cache=False).logits)
+            return scores.squeeze(1)
+        logits = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1]
+        return logits[:, tokenizer.convert_tokens_to_ids([YES, NO])].log_softmax(dim=1)[:, 0].exp()
+
+    return model.base_model, run
+
+
+@contextmanager
+def _streamed(tensors: Tensors, device: torch.device) -> Iterator[None]:
+    """While it lasts, transformers and whoever calls it open the checkpoint with its weights streamed."""
+    qwen3: Any = importlib.import_module("transformers.models.qwen3.modeling_qwen3")
+
+    def from_pretrained(cls: Any, _: str, *, config: Any, dtype: torch.dtype, **options: Any) -> Any:
+        config.vocab_size = tensors.shape("embed_tokens.weight")[0]
+        with torch.device("meta"):
+            model = cls(config).eval()
+        model.base_model.rotary_emb = qwen3.Qwen3RotaryEmbedding(config).to(device)
+        _stream(model, tensors, dtype, device)
+        return model
+
+    with mock.patch.object(qwen3.Qwen3PreTrainedModel, "from_pretrained", classmethod(from_pretrained)):
+        yield
+
+
+def _stream(model: Any, tensors: Tensors, dtype: torch.dtype, device: torch.device, int8: bool = False) -> None:
+    """Give a model on the meta device its weights, but each layer only while it runs: else, numbers of no memory."""
+
+    def read(name: str) -> Tensor:
+        name = name.removeprefix("model.")
+        tied = name == "lm_head.weight" and name not in tensors
+        return tensors["embed_tokens.weight" if tied else name].to(device, dtype)
+
+    def absent(x: Tensor) -> Tensor:
+        return torch.empty((), dtype=dtype, device=device).expand(x.shape)
+
+    def load(layer: nn.Module, prefix: str) -> None:
+        layer.load_state_dict({name: read(prefix + name) for name in layer.state_dict()}, assign=True)
         if int8:
-            quantize(part)
+            quantize(layer)
 
-    for prefix, part in parts.items():
-        part.register_forward_pre_hook(lambda part, _, prefix=prefix: load(prefix, part))
-        part.register_forward_hook(lambda part, *_: part.to("meta") and None)
+    def unload(layer: nn.Module) -> None:
+        layer.load_state_dict({name: absent(x) for name, x in layer.state_dict().items()}, assign=True)
+
+    state = {name: absent(x) if "layers." in name else read(name) for name, x in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    for i, layer in enumerate(getattr(model, "base_model", model).layers):
+        layer.register_forward_pre_hook(lambda layer, _, i=i: load(layer, f"layers.{i}."))
+        layer.register_forward_hook(lambda layer, *_: unload(layer))

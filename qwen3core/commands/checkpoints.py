@@ -13,13 +13,15 @@ from ..tokenizer import Tokenizer
 from ..weights import merge, synthesize
 from ..weights.build import open_model
 from ..weights.find import find
-from .arguments import Commands, add_command, add_model_options, require, require_new
+from .arguments import Commands, add_command, add_model_options, require_new
 from .files import add_inputs, read_inputs, text_of
 
 
 def register(commands: Commands) -> None:
     """Add this group's commands and their arguments."""
-    parser = add_command(commands, "parity", compare, "compare with transformers, layer by layer")
+    parser = add_command(
+        commands, "parity", compare, "compare with sentence-transformers or transformers, layer by layer"
+    )
     add_inputs(parser, "texts to compare on", "--inputs")
     add_model_options(parser)
     add_command(commands, "inspect", inspect, "configuration, tensors and tokenizer self-check")
@@ -38,7 +40,6 @@ def register(commands: Commands) -> None:
 
 def compare(args: argparse.Namespace) -> int:
     """Print the parity report; the exit status is 1 beyond tolerance."""
-    require("transformers", "transformers")
     inputs = read_inputs(args.inputs, args.text) if args.inputs or args.text else ()
     texts = [text_of(row, "text", where) for row, where in inputs]
     options = {name: getattr(args, name) for name in ("revision", "job", "dtype", "ops", "device", "max_length")}
