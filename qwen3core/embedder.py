@@ -144,7 +144,7 @@ class Embedder(Pretrained):
         Raises:
             InputError: for what is not text, or an option that cannot be.
         """
-        layout, width = self.model.layout, self.model.layout.width(self.model.config.hidden_size)
+        layout, width = self.layout, self.layout.width(self.model.config.hidden_size)
         if not layout.pooling:
             raise InputError("encode: expected a checkpoint that pools, found one of late interaction (encode_tokens)")
         texts = [inputs] if isinstance(inputs, str) else as_list("inputs", inputs)
@@ -187,7 +187,7 @@ class Embedder(Pretrained):
         with the default prompt. Prompts are as in ``encode``. Raises InputError.
         """
         check_one_of("task", task, (None, "query", "document"))
-        layout = self.model.layout
+        layout = self.layout
         texts = [inputs] if isinstance(inputs, str) else as_list("inputs", inputs)
         if prompt is None:
             prompt = self.prompts.get(task, "") if task and prompt_name is None else self._prompt(prompt_name)
@@ -257,7 +257,7 @@ class Embedder(Pretrained):
         It is the checkpoint's: cosine for the official ones, or dot product, negative euclidean or manhattan distance.
         Of token vectors it is MaxSim: for each token of a text of a, its largest product with one of b's, summed.
         """
-        name = self.model.layout.similarity
+        name = self.layout.similarity
         if isinstance(a, TokenVectors) and isinstance(b, TokenVectors):
             products = (a.vectors @ b.vectors.T).split(b.lengths, dim=1)
             largest = torch.stack([x.amax(1) for x in products], dim=1).split(a.lengths)

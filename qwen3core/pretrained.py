@@ -140,6 +140,11 @@ class Pretrained:
         raise NotImplementedError
 
     @property
+    def layout(self) -> Layout:
+        """What surrounds the decoder."""
+        return self.model.layout
+
+    @property
     def device(self) -> torch.device:
         return self.model.embed_tokens.weight.device
 
@@ -152,7 +157,7 @@ class Pretrained:
         weights = self.model.get_parameter("layers.0.mlp.gate_proj.weight").dtype
         return (
             f"{type(self).__name__}(dtype={self.dtype}, weights={weights}, device={str(self.device)!r}, "
-            f"max_length={self.max_length}, ops={self.model.ops}, layout={self.model.layout})"
+            f"max_length={self.max_length}, ops={self.model.ops}, layout={self.layout})"
         )
 
     def run(

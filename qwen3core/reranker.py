@@ -77,7 +77,7 @@ class Reranker(Pretrained):
     ) -> list[Hit]:
         """Documents by P(yes), best first, at most ``top_k``; options are those of ``predict``. Raises InputError."""
         documents = as_list("documents", documents)
-        labels = self.model.layout.labels
+        labels = self.layout.labels
         if len(labels) > 1:
             raise InputError(f"rank: expected a checkpoint of one score, found {len(labels)}: {', '.join(labels)}")
         if top_k is not None:
@@ -122,7 +122,7 @@ class Reranker(Pretrained):
         """
         pairs = as_list("pairs", pairs)
         single = len(pairs) == 2 and all(isinstance(part, str) for part in pairs)
-        layout, template = self.model.layout, self.tokenizer.template
+        layout, template = self.layout, self.tokenizer.template
         task = layout.instruction if instruction is None else instruction
         check_text("instruction", task)
         if instruction is not None and FIELDS[0] not in template.body:

@@ -38,7 +38,7 @@ def evaluate(args: argparse.Namespace) -> int:
     data = evaluation.read_retrieval(args.retrieval, args.qrels) if args.retrieval else None
     embedder = open_pretrained(Embedder, args)
     reranker = open_pretrained(Reranker, args, model=args.reranker, revision=None, job=None) if args.reranker else None
-    layout = embedder.model.layout
+    layout = embedder.layout
     width = layout.width(embedder.model.config.hidden_size)
     for dim in args.dims or ():
         check_int("--dims", dim, 1, width)

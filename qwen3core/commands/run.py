@@ -82,7 +82,7 @@ def rerank(args: argparse.Namespace) -> int:
             raise InputError(f"{where}: expected --query, or .jsonl rows with query and document, found text")
     reranker = open_pretrained(Reranker, args)
     scores = reranker.predict(pairs, instruction=args.instruction, batch_tokens=args.batch_tokens)
-    labels = reranker.model.layout.labels
+    labels = reranker.layout.labels
     if len(labels) > 1 and (args.query is not None or args.output.endswith(("-", ".jsonl"))):
         raise InputError(f"rerank: expected a single score, or pairs and -o FILE.npy, found {', '.join(labels)}")
     order = ranked(scores, args.top_k) if args.query is not None else range(len(pairs))

@@ -120,7 +120,7 @@ def _task(opened: Embedder | Reranker, args: argparse.Namespace, examples: Seque
             **given,
         )
     else:
-        instruction = opened.model.layout.instruction if args.instruction is None else args.instruction
+        instruction = opened.layout.instruction if args.instruction is None else args.instruction
         loss = losses.listwise if given else losses.pointwise
         task = training.reranking_task(
             examples, opened.tokenizer, instruction=instruction, max_length=args.max_length, loss=loss
