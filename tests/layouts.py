@@ -25,6 +25,7 @@ from qwen3core import Embedder, InputError, Reranker, prompts
 from qwen3core.weights.synthesize import LAYOUTS, Layout, synthesize
 
 WIDTH = 32
+TEMPLATE = "chat_template.jinja"
 TEXTS = [
     "The capital of China is Beijing.",
     "Gravity pulls two bodies towards each other, and planets around the sun; UPPER case, Ünïcode, 北京.\n",
@@ -124,7 +125,7 @@ Module = tuple[str, dict[str, Any]]
 
 
 def base(directory: Path, kind: str = "embedding") -> Path:
-    """A float32 checkpoint of 100 KB, official layout."""
+    """A float32 checkpoint of 100 KB: an embedder in the official layout, or a decoder that declares nothing."""
     config = replace(
         LAYOUTS[f"Qwen3-{kind.capitalize()}-small"].config,
         hidden_size=WIDTH,
@@ -136,7 +137,12 @@ def base(directory: Path, kind: str = "embedding") -> Path:
         max_position_embeddings=32768,
         dtype="float32",
     )
-    return synthesize(directory, Layout(config, kind))
+    synthesize(directory, Layout(config, kind))
+    if kind == "reranker":
+        for name in ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", TEMPLATE):
+            (directory / name).unlink()
+        shutil.rmtree(directory / "1_LogitScore")
+    return directory
 
 
 def copy(source: Path, directory: Path) -> Path:
@@ -249,7 +255,7 @@ def cross_encoder(
     if activation:
         settings["activation_fn"] = f"torch.nn.modules.{activation}"
     write(directory, "config_sentence_transformers.json", settings)
-    write(directory, "chat_template.jinja", template)
+    write(directory, TEMPLATE, template)
 
 
 def logit_score(directory: Path, yes: str = "yes", no: str | None = "no", **options: Any) -> None:

@@ -85,6 +85,11 @@ def adapter_alone(d):
         (d / name).unlink()
 
 
+def adapter_of_nothing(d):
+    adapter(d, d / "nowhere")
+    (d / "model.safetensors").unlink()
+
+
 def template_in_tokenizer_config(d):
     logit_score(d)
     edit(d, "tokenizer_config.json", chat_template=(d / "chat_template.jinja").read_text("utf-8"))
@@ -227,6 +232,7 @@ HONOURED = {
         lambda d: (late_interaction(d), config(d, is_causal=False)),
     ),
     # reranker
+    "undeclared": ("reranker", lambda d: None),
     **{
         f"template, {name}": ("reranker", lambda d, text=text: logit_score(d, template=text))
         for name, text in TEMPLATES.items()
@@ -490,7 +496,7 @@ REFUSED = {
         ["adapter_config.json", "peft_type", "IA3"],
     ),
     "adapter, DoRA": ("embedding", lambda d: adapter(d, use_dora=True), ["adapter_config.json", "use_dora"]),
-    "adapter without a base": ("embedding", lambda d: adapter(d, d / "nowhere"), ["nowhere"]),
+    "adapter without a base": ("embedding", adapter_of_nothing, ["nowhere"]),
     # rerankers
     "text pairs": ("reranker", text_pairs, ["modality_config", "message"]),
     "no template": ("reranker", no_template, ["chat_template.jinja"]),
@@ -564,13 +570,13 @@ def test_another_job_by_hand(bases, tmp_path):
             opened(kind, directory)
         found = layouts.OURS[kind](directory, job=kind)
         bare = copy(directory, tmp_path / f"{name}-bare")
-        for file in ("modules.json", "chat_template.jinja", "sentence_bert_config.json"):
+        for file in ("modules.json", layouts.TEMPLATE, "sentence_bert_config.json"):
             (bare / file).unlink(missing_ok=True)
         edit(bare, "config_sentence_transformers.json", "model_type")
         with pytest.warns(UserWarning, match="modules.json"):
             assert layouts.difference(found, layouts.OURS[kind](bare)) == 0
     model = opened("reranker", embedder, job="reranker")
-    assert model.layout.job == "reranker"
+    assert model.model.layout.job == "reranker"
     truth = layouts.model_card_scores(embedder)
     assert layouts.difference(layouts.OURS["reranker"](embedder, job="reranker"), truth) <= SCORE_FP32
 
@@ -601,7 +607,7 @@ def test_labels_are_named(bases, tmp_path):
     for declared in (True, False):
         directory = copy(bases["reranker"], tmp_path / f"{declared}")
         classifier(directory, 3, declared=declared)
-        assert opened("reranker", directory).layout.labels == ("bad", "fair", "good")
+        assert opened("reranker", directory).model.layout.labels == ("bad", "fair", "good")
 
 
 def test_layout_is_shown(bases, tmp_path):
