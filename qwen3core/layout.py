@@ -445,9 +445,11 @@ class _Reader:
             raise CheckpointError(f"{self.directory}: expected chat_template.jinja, the template of pairs, found none")
         processing = self.transformer.get("processing_kwargs", dict, {})
         variables: dict[str, Any] = {"add_generation_prompt": False}
-        for key in ("eos_token", "pad_token", "unk_token", "bos_token"):
-            token = self.tokenizer.data.get(key, None if key == "bos_token" else EOS)
-            variables[key] = token.get("content") if isinstance(token, dict) else token
+        defaults = dict.fromkeys(("eos_token", "pad_token", "unk_token"), EOS)
+        for key in (*defaults, "bos_token", "sep_token", "cls_token", "mask_token"):
+            token = self.tokenizer.data.get(key, defaults.get(key))
+            if token is not None:  # one that is not set is no variable: it renders as nothing
+                variables[key] = token.get("content") if isinstance(token, dict) else token
         own = processing.get("chat_template", {})
         if set(processing) - {"chat_template"} or not isinstance(own, dict) or set(own) & NOT_VARIABLES:
             self.transformer.refuse("processing_kwargs", "variables of the chat template alone")

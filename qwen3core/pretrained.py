@@ -255,9 +255,11 @@ class Pretrained:
             yield from self._pack_block(block, sequences, [prefixes[i] for i in block], batch_tokens)
 
     def _check(self, indices: list[int], sequences: list[list[int]], batch_tokens: int | None) -> None:
-        """Raise InputError for a sequence that the model or the batch cannot hold."""
+        """Raise InputError for a sequence that is empty, or that the model or the batch cannot hold."""
         rows = self.model.embed_tokens.num_embeddings
         for index, ids in zip(indices, sequences, strict=True):
+            if not ids:
+                raise InputError(f"input {index}: expected at least one token, found none: this checkpoint adds none")
             if max(ids) >= rows:
                 raise InputError(f"input {index}: expected token ids below {rows} (embed_tokens), found {max(ids)}")
         longest = max(sequences, key=len)
