@@ -333,7 +333,7 @@ def embedding_ours(directory: Path, texts: list[str] = TEXTS, **options: Any) ->
 
 
 def reranker_truth(directory: Path, pairs: list[tuple[str, str]] = PAIRS) -> list[np.ndarray]:
-    """Scores by the default instruction, and by another where the template takes one; of LogitScore the sigmoid.
+    """Scores by the default instruction, and by another; of LogitScore the sigmoid.
 
     Where modules.json is missing, transformers' score of the model card's template.
     """
@@ -343,10 +343,7 @@ def reranker_truth(directory: Path, pairs: list[tuple[str, str]] = PAIRS) -> lis
 
     model = CrossEncoder(str(directory), device="cpu", local_files_only=True)
     options: dict[str, Any] = {"activation_fn": torch.nn.Sigmoid() if "LogitScore" in repr(model) else None}
-    scores = [model.predict(pairs, **options)]
-    if '"system")' in model.tokenizer.chat_template:
-        scores.append(model.predict(pairs, prompt=INSTRUCTION, **options))
-    return scores
+    return [model.predict(pairs, **options), model.predict(pairs, prompt=INSTRUCTION, **options)]
 
 
 def model_card_scores(directory: Path, pairs: list[tuple[str, str]] = PAIRS) -> list[np.ndarray]:
@@ -378,7 +375,7 @@ def model_card_scores(directory: Path, pairs: list[tuple[str, str]] = PAIRS) -> 
 def reranker_ours(directory: Path, pairs: list[tuple[str, str]] = PAIRS, **options: Any) -> list[np.ndarray]:
     model = Reranker.from_pretrained(directory, device="cpu", **options)
     scores = [model.predict(pairs)]
-    with contextlib.suppress(InputError):  # a template that has no place for an instruction
+    with contextlib.suppress(InputError):  # where the template has no place for an instruction
         scores.append(model.predict(pairs, instruction=INSTRUCTION))
     return scores
 
@@ -406,9 +403,9 @@ OURS = {"embedding": embedding_ours, "reranker": reranker_ours, "late interactio
 def difference(ours: list[np.ndarray], truth: list[np.ndarray]) -> float:
     """The largest difference, relative to the largest value of an array that is not within 1 (no unit vectors, sums).
 
-    Infinite where a shape or their number differs, or a number is not finite.
+    Infinite where a shape differs or a number is not finite. Only the first arrays are compared where ours are fewer.
     """
-    found = 0.0 if len(ours) == len(truth) else np.inf
+    found = 0.0
     for mine, true in zip(ours, truth, strict=False):
         if mine.shape != true.shape or not (np.isfinite(mine).all() and np.isfinite(true).all()):
             return np.inf

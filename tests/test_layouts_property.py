@@ -279,8 +279,6 @@ def test_the_same_numbers_or_a_refusal(bases, tmp_path, kind):
             assert clear(str(ours)), ours
             seen["refused"] += 1
             return
-        if len(ours) < len(truth):  # an instruction that the template has no place for
-            truth = truth[: len(ours)]
         found = layouts.difference(ours, truth)
         assert found <= TOLERANCE[kind], found
         seen["honoured"] += 1
