@@ -78,7 +78,12 @@ FORMS: dict[str, dict[str, Any]] = {
     "rank-stabilised": {"use_rslora": True},
     "patterns": {
         "rank_pattern": {"0.self_attn.q_proj": 2, "q_proj": 8, "layers.1.mlp.*": 6},
-        "alpha_pattern": {"down_proj": 3, "down_.*": 99},
+        "alpha_pattern": {
+            "_proj": 90,
+            "layers.0": 91,
+            "down_proj": 3,
+            "down_.*": 92,
+        },  # the first two match no whole name
     },
     "patterns, rank-stabilised": {"use_rslora": True, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"q_proj": 1}},
     "by expression": {"target_modules": r".*\.1\.(self_attn\.[qkvo]_proj|mlp\.up_proj)"},

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -63,9 +64,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(embedding_dir):
+def hub(embedding_dir, tmp_path):
     log: list[str] = []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Hub, embedding_dir, log))
+    directory = shutil.copytree(embedding_dir, tmp_path / "served")
+    (directory / "chat_template.jinja").write_text("{{ messages }}", "utf-8")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Hub, directory, log))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}", log
     server.shutdown()
@@ -94,7 +97,8 @@ def test_download_then_cache(tmp_path, hub, embedding_dir):
     # A fresh process may run on another number of threads; the sum adds up as many errors as there are components.
     expected = pytest.approx(float(vector.sum()), abs=len(vector) * SAME_TEXT_FP32)
     assert float(embed(tmp_path, endpoint)) == expected
-    assert any(path.endswith("model.safetensors") for path in log)
+    for name in ("model.safetensors", "chat_template.jinja"):
+        assert any(path.endswith(name) for path in log)
     assert not any(path.endswith("merges.txt") for path in log)  # only what is read
 
     log.clear()
