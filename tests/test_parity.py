@@ -4,18 +4,39 @@ The checks are functions of a checkpoint alone, so that test_mutations.py can pl
 """
 
 import functools
-import json
-import shutil
+import warnings
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 
+import layouts
 import pytest
 import torch
+from layouts import (
+    NORMALIZE,
+    OFFICIAL,
+    QUERY_IN_SYSTEM,
+    WIDTH,
+    adapter,
+    classifier,
+    closing,
+    dense,
+    edit,
+    late_interaction,
+    logit_score,
+    modules,
+    pooled_score,
+    pooling,
+)
 from tolerances import BF16_RATIO, EMBEDDING_FP32, SCORE_FP32
 from torch.nn import functional as F
 
-from qwen3core import Embedder, Reranker, Tokenizer, capture, load_model, pack
+from qwen3core import Embedder, InputError, Reranker, Tokenizer, capture, load_model, pack
+from qwen3core.layout import Layout
+from qwen3core.model import DenseLayer
 from qwen3core.parity import parity
 
 pytest.importorskip("transformers")
+pytest.importorskip("sentence_transformers")
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 SLOW_SETS = ["torch", *(pytest.param(ops, marks=pytest.mark.slow) for ops in ("reference", "prepacked"))]
@@ -163,13 +184,125 @@ def test_parity_report(request, kind, ops, dtype):
 
 
 def test_parity_report_sees_wrong_ids(embedding_dir, tmp_path):
-    """A tokenizer.json that does not append EOS: transformers then pools another token, and the report says so."""
-    shutil.copytree(embedding_dir, tmp_path / "no-eos")
-    path = tmp_path / "no-eos" / "tokenizer.json"
-    data = json.loads(path.read_text("utf-8"))
-    data["post_processor"] = None
-    path.write_text(json.dumps(data), encoding="utf-8")
-    report = parity(tmp_path / "no-eos", dtype="float32", texts=["one", "two"])
-    assert [row.point for row in report.rows if not row.ok] == ["token ids"]
+    """A tokenizer.json that does not append EOS: sentence-transformers then pools another token than we do."""
+    directory = layouts.copy(embedding_dir, tmp_path / "no-eos")
+    layouts.closing(directory)
+    with pytest.warns(UserWarning, match="post_processor"):
+        report = parity(directory, dtype="float32", texts=["one", "two"])
+    assert [row.point for row in report.rows] == ["token ids", "pooled"]  # no text has rows to compare
     assert report.rows[0].max_abs == 2
-    assert not report.ok
+    assert not any(row.ok for row in report.rows)
+
+
+def undeclared(directory, *files):
+    """Without what says what surrounds the decoder, or only a part of it."""
+    for name in ("modules.json", *files):
+        (directory / name).unlink()
+
+
+SCORE = dense(WIDTH, 1, "Identity", module_output_name="scores")
+LAYOUTS = {
+    "mean pooling": ("embedding", lambda d: modules(d, pooling("mean"), NORMALIZE)),
+    "prompt not pooled": ("embedding", lambda d: modules(d, pooling("mean", include_prompt=False))),
+    "Dense": ("embedding", lambda d: modules(d, pooling(), dense(WIDTH, 24))),
+    "closing token": ("embedding", lambda d: closing(d, "<|im_end|>")),
+    "truncate_dim": ("embedding", lambda d: edit(d, "config_sentence_transformers.json", truncate_dim=16)),
+    "bidirectional": ("embedding", lambda d: edit(d, "config.json", is_causal=False)),
+    "YaRN": ("embedding", lambda d: edit(d, "config.json", rope_scaling={"rope_type": "yarn", "factor": 4.0})),
+    "adapter": ("embedding", adapter),
+    "late interaction": ("embedding", late_interaction),
+    "undeclared embedding": ("embedding", undeclared),
+    "answers": ("reranker", lambda d: logit_score(d, "1", "0")),
+    "template": ("reranker", lambda d: logit_score(d, template=QUERY_IN_SYSTEM)),
+    "score head": ("reranker", classifier),
+    "Pooling and Dense": ("reranker", lambda d: pooled_score(d, pooling(), SCORE)),
+    "undeclared reranker": ("reranker", lambda d: undeclared(d, "chat_template.jinja")),
+    "undeclared template": (
+        "reranker",
+        lambda d: (logit_score(d, template=OFFICIAL.replace("meets", "fits")), undeclared(d)),
+    ),
+    "undeclared score head": ("reranker", lambda d: (classifier(d, 3), undeclared(d, "chat_template.jinja"))),
+}
+"""What stands around the decoder, and is compared with what sentence-transformers or transformers makes of it."""
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A function of a row of LAYOUTS that gives its directory."""
+
+    def write(name):
+        kind, change = LAYOUTS[name]
+        directory = layouts.base(tmp_path / "checkpoint", kind)
+        change(directory)
+        return directory
+
+    return write
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_parity_with_what_is_declared(checkpoint, name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = parity(checkpoint(name), job=LAYOUTS[name][0] if "undeclared" in name else None, dtype="float32")
+    assert report.ok, str(report)
+    assert ("sentence-transformers" in report.title) == ("undeclared" not in name)
+    points = {"late interaction": "token vectors", "embedding": "pooled", "reranker": "score"}
+    assert report.rows[-1].point == points.get(name, points[LAYOUTS[name][0]])
+    assert len(report.rows) == 6
+
+
+def of_template(change):
+    return lambda layout: replace(layout, template=replace(layout.template, body=change(layout.template.body)))
+
+
+MISTAKES = {
+    "another pooling": ("mean pooling", ["pooled"], lambda layout: replace(layout, pooling=("max",))),
+    "prompt pooled": ("prompt not pooled", ["pooled"], lambda layout: replace(layout, include_prompt=True)),
+    "normalised": ("prompt not pooled", ["pooled"], lambda layout: replace(layout, normalize=True)),
+    "truncated less": ("truncate_dim", ["pooled"], lambda layout: replace(layout, truncate_dim=17)),
+    "activation of Dense": (
+        "Dense",
+        ["pooled"],
+        lambda layout: replace(layout, modules=(replace(layout.modules[0], activation="ReLU"),)),
+    ),
+    "answers swapped": ("answers", ["score"], lambda layout: replace(layout, answers=layout.answers[::-1])),
+    "a newline more": ("template", ["token ids", "score"], of_template(lambda body: (*body[:-1], body[-1] + "\n"))),
+    "activation of the score": ("score head", ["score"], lambda layout: replace(layout, activation="Identity")),
+    "a space more, transformers": (
+        "undeclared score head",
+        ["token ids", "score"],
+        of_template(lambda body: (body[0] + " ", *body[1:])),
+    ),
+    "query prompt": (
+        "undeclared embedding",
+        ["token ids", "pooled"],
+        lambda layout: replace(layout, prompts={"query": "Q: "}),
+    ),
+}
+"""A row of LAYOUTS, the points that must fail, and what we make of the layout by mistake."""
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_parity_sees_a_layout_misread(checkpoint, monkeypatch, name):
+    row, points, mistake = MISTAKES[name]
+    directory, read = checkpoint(row), Layout.from_directory
+    monkeypatch.setattr(Layout, "from_directory", lambda *args, **options: mistake(read(*args, **options)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = parity(directory, job=LAYOUTS[row][0] if "undeclared" in row else None, dtype="float32")
+    assert [row.point for row in report.rows if not row.ok] == points, str(report)
+
+
+def test_parity_sees_a_bias_left_out(checkpoint, monkeypatch):
+    monkeypatch.setattr(DenseLayer, "forward", lambda self, x: F.linear(x, self.linear.weight).tanh())
+    report = parity(checkpoint("Dense"), dtype="float32")
+    assert [row.point for row in report.rows if not row.ok] == ["pooled"], str(report)
+
+
+def test_parity_names_the_library_that_is_missing(embedding_dir, monkeypatch):
+    def missing(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr("qwen3core.parity.version", missing)
+    with pytest.raises(InputError, match=r"expected sentence-transformers .* pip install sentence-transformers"):
+        parity(embedding_dir)
