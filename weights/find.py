@@ -165,9 +165,3 @@ def module_folders(directory: Path) -> dict[str, str]:
     except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
         raise CheckpointError(f"{listed}: expected modules with paths, found something else ({error})") from error
     return {name: kind.rpartition(".")[2] for name, kind in kinds.items() if name != "."}
-
-
-def is_embedding(directory: Path) -> bool:
-    """Whether modules.json, of sentence-transformers, names a pooling; rerankers have none."""
-    modules = directory / "modules.json"
-    return modules.exists() and "Pooling" in modules.read_text("utf-8")

@@ -3,22 +3,24 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from qwen3core.config import read_json
 from qwen3core.errors import CheckpointError, InputError, check_number, warn
+from qwen3core.layout import Layout
 from qwen3core.tokenizer import Tokenizer
 
 from .build import open_model, ties_lm_head
-from .find import is_embedding, module_folders
 from .tensors import check_rewritable, rewrite
 
-SETTINGS = ("config_sentence_transformers.json", "sentence_bert_config.json", "chat_template.jinja")
-"""Files of prompts, lengths and templates, whose differences a merger survives."""
+SETTINGS = {
+    *("prompts", "default_prompt_name", "instruction", "template", "max_length", "query_length", "document_length"),
+    *("truncate_dim", "similarity", "labels"),
+}
+"""Parts of a layout whose differences a merger survives."""
 
 
 def merge(
@@ -55,10 +57,12 @@ def merge(
             tensors.check(_stored(name, ties), first.shape(name))
         tensors.check_none_left(set(first))
     configs = [asdict(model.config) for model, _ in models]
-    _check_arithmetic(paths, [c | {"tie_word_embeddings": ties} for c, ties in zip(configs, tied, strict=True)])
+    layouts = [model.layout for model, _ in models]
+    _check_arithmetic(
+        paths, layouts[0].job, [c | {"tie_word_embeddings": ties} for c, ties in zip(configs, tied, strict=True)]
+    )
     _check_tokenizers(paths)
-    _check_jobs(paths)
-    _check_surroundings([path for path in paths if (path / "modules.json").exists()])
+    _check_layouts(paths, layouts)
 
     def merged(name: str) -> Tensor:
         result, total = first[name].float(), shares[0]
@@ -70,10 +74,11 @@ def merge(
     rewrite(paths[0], output, merged)
 
 
-def _check_arithmetic(paths: Sequence[Path], configs: Sequence[dict[str, object]]) -> None:
+def _check_arithmetic(paths: Sequence[Path], job: str | None, configs: Sequence[dict[str, object]]) -> None:
     """Raise CheckpointError where weights of the same shapes compute something else."""
     # A reranker reads the output matrix, an embedding model has no use for it.
-    names = ["rope_theta", "rms_norm_eps", *([] if is_embedding(paths[0]) else ["tie_word_embeddings"])]
+    tied = [] if job == "embedding" else ["tie_word_embeddings"]
+    names = ["rope_theta", "rope_scaling", "rms_norm_eps", "is_causal", *tied]
     for path, config in zip(paths, configs, strict=True):
         for name in names:
             if config[name] != configs[0][name]:
@@ -110,49 +115,24 @@ def _rules(tokenizer: str) -> dict[str, object]:
     return {name: data[name] for name in ("normalizer", "pre_tokenizer")} | {"merges": data["model"].get("merges")}
 
 
-def _check_jobs(paths: Sequence[Path]) -> None:
-    """Raise CheckpointError for an embedding checkpoint among rerankers; warn where the files do not say which it is.
-
-    modules.json tells: it names a pooling, or it is a reranker's. Older rerankers and base models have none.
-    """
-    embedding = [path for path in paths if is_embedding(path)]
-    for path in [path for path in paths if path not in embedding] if embedding else []:
-        if (path / "modules.json").exists():
-            raise CheckpointError(
-                f"{path / 'modules.json'}: expected an embedding checkpoint as {embedding[0]}, found no pooling in it"
+def _check_layouts(paths: Sequence[Path], layouts: Sequence[Layout]) -> None:
+    """Raise CheckpointError for another job or other surroundings; warn of other settings, and where no job is said."""
+    mine = layouts[0]
+    for path, layout in zip(paths[1:], layouts[1:], strict=True):
+        if mine.job != layout.job and None in (mine.job, layout.job):
+            warn(
+                f"{path}: expected a checkpoint for {mine.job or 'no job'} as {paths[0]}, found {layout.job or 'none'}"
             )
-        warn(f"{path}: expected an embedding checkpoint as {embedding[0]}, found no modules.json: is it a reranker?")
-
-
-def _check_surroundings(paths: Sequence[Path]) -> None:
-    """Raise CheckpointError where other modules follow the decoder; warn where prompts, lengths or templates differ."""
-    stated = [_surroundings(path) for path in paths]
-    for path, there in zip(paths[1:], stated[1:], strict=True):
-        changed = sorted(name for name in {**stated[0], **there} if stated[0].get(name) != there.get(name))
+            continue
+        changed = [f.name for f in fields(Layout) if getattr(mine, f.name) != getattr(layout, f.name)]
         for name in changed:
             if name not in SETTINGS:
                 raise CheckpointError(
-                    f"{path / name}: expected what {paths[0]} has, {stated[0].get(name)}, found {there.get(name)}"
+                    f"{path}: {name}: expected {getattr(mine, name)!r} as in {paths[0]}, "
+                    f"found {getattr(layout, name)!r:.300}"
                 )
         if changed:
             warn(f"{path}: its {', '.join(changed)} differ from those of {paths[0]}, which the merged checkpoint has")
-
-
-def _surroundings(path: Path) -> dict[str, object]:
-    """What stands around the decoder, by file: the modules and their configs, and ``SETTINGS`` that are there."""
-    folders = module_folders(path)
-    files = [
-        *(path / name for name in SETTINGS),
-        *(file for folder in folders for file in (path / folder).glob("*.json")),
-    ]
-    found: dict[str, object] = {"modules.json": folders}
-    for file in files:
-        if file.is_file():
-            stated: object = file.read_text("utf-8") if file.suffix == ".jinja" else read_json(file)
-            if isinstance(stated, dict):
-                stated.pop("__version__", None)  # of the libraries that wrote it
-            found[str(file.relative_to(path))] = stated
-    return found
 
 
 def _stored(name: str, ties: bool) -> str:
