@@ -141,9 +141,9 @@ class Layout:
 class _File:
     """A JSON file, empty where there is none; whatever is taken from it is checked."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, required: bool = False) -> None:
         self.path = path
-        self.data = read_json(path) if path.exists() else {}
+        self.data = read_json(path) if required or path.exists() else {}
 
     def get(self, key: str, kind: type[T], default: Any = None) -> Any:
         value = self.data.get(key)
@@ -189,7 +189,7 @@ class _Reader:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.config = _File(base_directory(directory) / "config.json")
+        self.config = _File(base_directory(directory) / "config.json", required=True)
         self.settings = _File(directory / "config_sentence_transformers.json")
         self.tokenizer = _File(directory / "tokenizer_config.json")
         self.transformer = _File(directory / "sentence_bert_config.json")

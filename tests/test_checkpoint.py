@@ -572,7 +572,8 @@ def test_an_untied_reranker_needs_its_lm_head(tmp_path):
     directory = tiny(tmp_path, "reranker", tied=False)
     edit_tensors(directory / SINGLE, lambda t: t.pop("lm_head.weight"))
     refused(lambda: Reranker.from_pretrained(directory, device="cpu"), "missing tensor 'lm_head.weight'", SINGLE)
-    assert Embedder.from_pretrained(directory, device="cpu").model.lm_head is None  # as an embedding model, it is whole
+    embedder = Embedder.from_pretrained(directory, device="cpu", job="embedding")  # as such, it is whole
+    assert embedder.model.lm_head is None
 
 
 def mapped(change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
@@ -779,15 +780,19 @@ def test_rewrite_copies_what_a_checkpoint_is(embedding_dir, tmp_path):
 def test_weights_in_folders_of_modules(tmp_path):
     directory = tiny(tmp_path)
     modules = json.loads((directory / "modules.json").read_text())
-    modules += [{"path": "2_Dense", "type": "x.Dense"}, {"path": "2_Dense/", "type": "x.Dense"}]
+    modules[2] = {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}
     (directory / "modules.json").write_text(json.dumps(modules))
     dense = directory / "2_Dense"
     dense.mkdir()
+    (dense / "config.json").write_text('{"in_features": 8, "out_features": 4, "bias": false}')
     (dense / SINGLE).write_bytes(serialise({"linear.weight": torch.ones(4, 8)}))
-    refused(lambda: load_model(directory, device="cpu"), "2_Dense/model.safetensors: unexpected tensor 'linear.weight'")
-    model, stored = open_model(directory, layout=Layout())
+    assert open_model(directory)[0].state_dict()["2_Dense.linear.weight"].shape == (4, 8)
+    model, stored = open_model(directory, layout=Layout())  # for another job
     assert "2_Dense.linear.weight" in stored
     assert "2_Dense.linear.weight" not in model.state_dict()
+    edit_tensors(dense / SINGLE, lambda t: t.update(extra=torch.ones(1)))
+    refused(lambda: load_model(directory, device="cpu"), "2_Dense/model.safetensors: unexpected tensor 'extra'")
+    edit_tensors(dense / SINGLE, lambda t: t.pop("extra"))
     edit_tensors(directory / SINGLE, lambda t: t.update(extra=torch.ones(1)))
     refused(lambda: open_model(directory, layout=Layout()), "unexpected tensor 'extra'")
     (dense / SINGLE).rename(dense / "pytorch_model.bin")

@@ -48,7 +48,7 @@ def stub(vectors) -> Any:
         found = np.array([vectors[text] for text in texts], np.float32)
         return torch.from_numpy(found) if convert_to_tensor else found
 
-    return SimpleNamespace(encode=encode, encode_query=encode, encode_document=encode)
+    return SimpleNamespace(encode=encode, encode_query=encode, encode_document=encode, similarity=lambda a, b: a @ b.T)
 
 
 def test_measures_by_hand(beir):

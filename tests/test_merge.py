@@ -164,15 +164,11 @@ def test_other_arithmetic(three, other, tmp_path):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_an_embedding_checkpoint_and_a_reranker(three, other, tmp_path, order):
-    (other / "modules.json").write_text(
-        '[{"path": "", "type": "sentence_transformers.cross_encoder.models.LogitScore"}]', "utf-8"
-    )
-    with pytest.raises(
-        CheckpointError, match=r"modules\.json: expected an embedding checkpoint as .*, found no pooling"
-    ):
-        merge([three[0], other][::order], tmp_path / "out")
+    synthesize(tmp_path / "reranker", "Qwen3-Reranker-small")
+    with pytest.raises(CheckpointError, match=r"job: expected '.*' as in .*, found '.*'"):
+        merge([three[0], tmp_path / "reranker"][::order], tmp_path / "out")
     (other / "modules.json").unlink()
-    with pytest.warns(UserWarning, match="found no modules.json: is it a reranker"):
+    with pytest.warns(UserWarning, match=r"expected a checkpoint for .* as .*, found .*none|for no job as"):
         merge([three[0], other][::order], tmp_path / "out")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -181,9 +177,14 @@ def test_an_embedding_checkpoint_and_a_reranker(three, other, tmp_path, order):
 
 def add_dense(directory, value):
     """A Dense of sentence-transformers in a folder of its own, every weight the value."""
-    change(directory / "modules.json", lambda data: data.append({"path": "3_Dense", "type": "x.modules.Dense"}))
+    change(
+        directory / "modules.json",
+        lambda data: data.append({"path": "3_Dense", "type": "sentence_transformers.models.Dense"}),
+    )
     (directory / "3_Dense").mkdir()
-    (directory / "3_Dense" / "config.json").write_text('{"in_features": 64, "out_features": 2}', "utf-8")
+    (directory / "3_Dense" / "config.json").write_text(
+        '{"in_features": 64, "out_features": 2, "bias": false, "activation_function": "torch.nn.Identity"}', "utf-8"
+    )
     weights = {"linear.weight": torch.full((2, 64), value)}
     save_file(weights, directory / "3_Dense" / "model.safetensors", metadata={"format": "pt"})
     return directory
@@ -200,7 +201,7 @@ def test_modules_in_folders_are_merged(three, tmp_path):
         with pytest.raises(CheckpointError, match=r"(missing|unexpected) tensor '(3_Dense\.)?linear\.weight'"):
             merge(arguments, tmp_path / "not")
     change(second / "3_Dense" / "config.json", lambda data: data.update(activation_function="torch.nn.Tanh"))
-    with pytest.raises(CheckpointError, match=r"3_Dense/config\.json: expected what .* has, .*, found .*Tanh"):
+    with pytest.raises(CheckpointError, match=r"modules: expected .*Identity.* as in .*, found .*Tanh"):
         merge([first, second], tmp_path / "not")
 
 
@@ -212,14 +213,14 @@ def test_other_modules_and_other_settings(three, other, tmp_path):
         warnings.simplefilter("error")
         merge([three[0], other], tmp_path / "same")
     change(settings, lambda data: data.update(prompts={"query": "another: "}))
-    with pytest.warns(UserWarning, match=r"its config_sentence_transformers\.json differ from those of"):
+    with pytest.warns(UserWarning, match="its prompts differ from those of"):
         merge([three[0], other], tmp_path / "warned")
     change(other / "1_Pooling" / "config.json", lambda data: data.update(include_prompt=False))
-    with pytest.raises(CheckpointError, match=r"1_Pooling/config\.json: expected what .* has, .*, found .*False"):
+    with pytest.raises(CheckpointError, match=r"include_prompt: expected True as in .*, found False"):
         merge([three[0], other], tmp_path / "out")
     shutil.copyfile(three[0] / "1_Pooling" / "config.json", other / "1_Pooling" / "config.json")
     change(other / "modules.json", lambda data: data.pop())
-    with pytest.raises(CheckpointError, match=r"modules\.json: expected what .* has, .*Normalize.*, found"):
+    with pytest.raises(CheckpointError, match=r"normalize: expected True as in .*, found False"):
         merge([three[0], other], tmp_path / "out")
 
 

@@ -8,8 +8,10 @@ import torch
 from test_parity import check_bit_identity, check_embedding_fp32, check_reranker_fp32
 from torch.nn import functional as F
 
-from qwen3core import Embedder, Ops, Qwen3Config, Tokenizer, pack, pretrained, prompts, reference
+from qwen3core import Embedder, Ops, Qwen3Config, Tokenizer, pack, pretrained, reference
+from qwen3core.layout import _Reader
 from qwen3core.model import DecoderLayer
+from qwen3core.prompts import Template
 
 CHECKS = {
     "embedding": lambda dirs: check_embedding_fp32(dirs.embedding, "reference"),
@@ -102,9 +104,24 @@ def token_ids(change):
     return lambda patch: patch.setattr(Tokenizer, "close", lambda self, *a: [change(s) for s in right(self, *a)])
 
 
-def swap_yes_no(patch):
-    right = Tokenizer.yes_no
-    patch.setattr(Tokenizer, "yes_no", lambda self: right(self)[::-1])
+def layout(change):
+    """Change what the files declare."""
+    right = _Reader.read
+
+    def wrong(self, job):
+        found = right(self, job)
+        changed = dataclasses.replace(found, **change(found))
+        assert changed != found
+        return changed
+
+    return lambda patch: patch.setattr(_Reader, "read", wrong)
+
+
+def template(old, new):
+    def change(found):
+        return {"template": Template("", tuple(part.replace(old, new) for part in found.template.body), "")}
+
+    return layout(change)
 
 
 def truncate_suffix(patch):
@@ -123,12 +140,6 @@ def no_mlp_residual(patch):
         return right(self, x, layout, *args) - x[layout.queries]
 
     patch.setattr(DecoderLayer, "forward", wrong)
-
-
-def replace_text(name, old, new):
-    wrong = getattr(prompts, name).replace(old, new)
-    assert wrong != getattr(prompts, name)
-    return lambda patch: patch.setattr(prompts, name, wrong)
 
 
 MUTATIONS = {
@@ -150,11 +161,11 @@ MUTATIONS = {
     "EOS missing": ("embedding", token_ids(lambda ids: ids[:-1] or ids)),
     "EOS doubled": ("embedding", token_ids(lambda ids: [*ids, ids[-1]])),
     "normalised before the MRL cut": ("embedding", ops(pool=cut_after_normalise)),
-    "space after Query:": ("embedding", replace_text("EMBEDDING_QUERY", "Query:", "Query: ")),
-    "no space after <Query>:": ("reranker", replace_text("RERANKER_BODY", "<Query>: ", "<Query>:")),
-    "yes and no swapped": ("reranker", swap_yes_no),
+    "space after Query:": ("embedding", layout(lambda found: {"prompts": {"query": found.prompts["query"] + " "}})),
+    "no space after <Query>:": ("reranker", template("<Query>: ", "<Query>:")),
+    "yes and no swapped": ("reranker", layout(lambda found: {"answers": found.answers[::-1]})),
     "suffix truncated": ("reranker", truncate_suffix),
-    "suffix without its last newline": ("reranker", replace_text("RERANKER_SUFFIX", "</think>\n\n", "</think>\n")),
+    "suffix without its last newline": ("reranker", template("</think>\n\n", "</think>\n")),
 }
 
 

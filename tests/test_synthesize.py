@@ -17,8 +17,9 @@ TEXTS = ["Gravity is a force.", "北京是中国的首都。", "Brot braucht Zei
 def test_official_files(embedding_dir, reranker_dir, facts):
     for kind, directory in (("embedding", embedding_dir), ("reranker", reranker_dir)):
         official = {f.split(" | ")[0] for f in facts["repository_files"]["embedding"]}
-        if kind == "reranker":
-            official -= {"modules.json", "1_Pooling/config.json", "config_sentence_transformers.json"}
+        if kind == "reranker":  # as since 2026
+            official -= {"1_Pooling/config.json"}
+            official |= {"1_LogitScore/config.json", "sentence_bert_config.json", "chat_template.jinja"}
         files = {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()}
         assert files == official
     prompts = json.loads((embedding_dir / "config_sentence_transformers.json").read_text("utf-8"))

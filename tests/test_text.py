@@ -534,7 +534,7 @@ def test_bad_instruction(embedder):
 
 
 @pytest.mark.filterwarnings("ignore:.*truncated")
-@pytest.mark.parametrize("max_length", [1, 0, -1, 32769, 100.0, "512", None])
+@pytest.mark.parametrize("max_length", [1, 0, -1, 32769, 100.0, "512"])
 def test_bad_max_length(embedding_dir, max_length):
     with pytest.raises(InputError, match="max_length"):
         Embedder.from_pretrained(embedding_dir, device="cpu", max_length=max_length).encode("a" * 200)
@@ -668,10 +668,12 @@ def with_prompts(embedding_dir, tmp_path):
     return open_copy
 
 
-def test_without_stored_prompts_the_model_cards(embedder, with_prompts):
+def test_without_stored_prompts_there_are_none(embedder, with_prompts):
+    """As in sentence-transformers, where modules.json says that the files are its own."""
     bare = with_prompts(None)
-    close(bare.encode_query(TEXT), embedder.encode(QUERY_PROMPT + TEXT))
-    close(bare.encode(TEXT, prompt_name="query"), embedder.encode(QUERY_PROMPT + TEXT))
+    close(bare.encode_query(TEXT), embedder.encode(TEXT))
+    close(bare.encode_query(TEXT, instruction=TASK), embedder.encode(QUERY_PROMPT + TEXT))
+    close(bare.encode(TEXT, prompt_name="query"), embedder.encode(TEXT))
     close(bare.encode_document(TEXT), embedder.encode(TEXT))
     close(bare.encode(TEXT), embedder.encode(TEXT))
 
@@ -694,7 +696,6 @@ def test_stored_prompts_and_default_name(embedder, with_prompts):
         {"prompts": ["query"]},
         {"prompts": "query"},
         {"prompts": {"query": 3}},
-        {"prompts": {"query": None}},
         {"default_prompt_name": "nope"},
         {"default_prompt_name": ["query"]},
     ],

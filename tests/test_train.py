@@ -559,8 +559,8 @@ def test_only_float32_is_trained(small, tmp_path):
         (["-o", "{data}"], "expected an empty directory, or an interrupted training, found data.jsonl"),
         (["-o", "{out}", "--epochs", "nan"], "epochs: expected a finite number above 0"),
         (["-o", "{out}", "--max-length", "40000"], "max_length: expected at most 32768, the model's limit"),
-        (["-o", "{out}", "--listwise"], "--listwise: expected none with a model of kind embedding, found True"),
-        (["-o", "{out}", "--kind", "reranker", "--dims", "64"], "--dims: expected none with a model of kind reranker"),
+        (["-o", "{out}", "--listwise"], "--listwise: expected none with a checkpoint for the job 'embedding'"),
+        (["-o", "{out}", "--job", "reranker", "--dims", "64"], "--dims: expected none with a checkpoint for the job"),
         (
             ["-o", "{out}", "--batch-size", "4", "--dims", "64", "65"],
             "dims: expected an integer from 1 to 64, found 65",

@@ -57,9 +57,9 @@ def search(
     ids = list(data.corpus)
     documents = embedder.encode_document(list(data.corpus.values()), truncate_dim=dim, convert_to_tensor=True)
     queries = embedder.encode_query(list(data.queries.values()), truncate_dim=dim, convert_to_tensor=True)
+    similarities = (row for block in queries.split(64) for row in embedder.similarity(block, documents))
     run = {}
-    for query, vector in zip(data.queries, queries, strict=True):
-        scores = embedder.similarity(vector, documents)[0]
+    for query, scores in zip(data.queries, similarities, strict=True):
         if query in own:
             scores[own[query]] = -math.inf
         scores, best = scores.topk(min(top, len(ids) - (query in own)))

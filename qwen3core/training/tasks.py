@@ -101,8 +101,8 @@ def embedding_task(
                 f"batch_size {batch_size} and different queries {len(queries)}: nothing to tell a positive from"
             )
 
-    identity = _identity("embedding", examples, tokenizer, [instruction, *sorted(prompts)], max_length)
-    identity |= {"dims": dims and list(dims), "temperature": temperature, "margin": margin}
+    identity = _identity("embedding", examples, tokenizer, instruction, max_length)
+    identity |= {"prompts": sorted(prompts), "dims": dims and list(dims), "temperature": temperature, "margin": margin}
     return Task(len(examples), batch, outputs, loss, identity, check)
 
 
