@@ -34,6 +34,7 @@ from .layout import Layout
 from .ops import Ops, resolve
 from .pretrained import Pretrained, open_tokenizer
 from .prompts import DEFAULT_TASK, EMBEDDING_PROMPTS, NO, RERANKER, YES
+from .reading import as_list
 from .reranker import Reranker
 from .weights.build import open_model
 from .weights.find import find
@@ -117,8 +118,8 @@ def parity(
 
     dtype: as in ``from_pretrained``, but ``"auto"`` is the checkpoint's for both; int8 is compared with float32.
     job: as in ``from_pretrained``; the reranker's where neither this nor the files say. texts: inputs of ``encode``, or
-    documents for one query; a few real queries and documents by default. Raises CheckpointError and InputError; a
-    difference beyond tolerance does not raise, it makes ``report.ok`` false.
+    documents for one query; a few real queries and documents by default. max_length: at most the checkpoint's own.
+    Raises CheckpointError and InputError; a difference beyond tolerance does not raise, it makes ``report.ok`` false.
     """
     directory = find(path_or_id, revision=revision)
     layout = Layout.from_directory(directory, job=job)
@@ -167,9 +168,10 @@ def _version(package: str) -> str:
 def _calls(kind: type[Pretrained], texts: Sequence[str] | None) -> Calls:
     """The texts, or a few real ones."""
     documents = [*samples.DOCUMENTS, samples.LONG_DOCUMENT]
+    given = as_list("texts", texts) if texts else []
     if kind is Reranker:
-        return [("predict", [(samples.QUERIES[1], document) for document in texts or documents])]
-    return [("encode", list(texts))] if texts else [("encode_query", samples.QUERIES), ("encode_document", documents)]
+        return [("predict", [(samples.QUERIES[1], document) for document in given or documents])]
+    return [("encode", given)] if given else [("encode_query", samples.QUERIES), ("encode_document", documents)]
 
 
 def _row(point: str, dtype: torch.dtype, int8: bool, theirs: Tensor, ours: Tensor, oracle: Tensor) -> Row:
@@ -277,20 +279,20 @@ def _transformers(directory: Path, ours: Any, dtype: torch.dtype) -> tuple[Any, 
     tokenizer = transformers.AutoTokenizer.from_pretrained(ours.tokenizer.path.parent, padding_side="left")
     model.config.pad_token_id = tokenizer.pad_token_id
 
-    def tokens(texts: list[str], length: int) -> list[list[int]]:
-        return tokenizer(texts, truncation="longest_first", max_length=length)["input_ids"]
+    def tokens(texts: list[str], length: int, closed: bool = True) -> list[list[int]]:
+        return tokenizer(texts, truncation=True, max_length=length, add_special_tokens=closed)["input_ids"]
 
     def sequences(method: str, inputs: list[Any]) -> list[list[int]]:
         if method != "predict":
             prompt = EMBEDDING_PROMPTS["query"] if method == "encode_query" else ""
             return tokens([prompt + text for text in inputs], ours.max_length)
-        if layout.template != RERANKER:
+        if "document" in (tokenizer.chat_template or ""):  # a template of pairs, not of a chat
             pairs = [[{"role": "query", "content": q}, {"role": "document", "content": d}] for q, d in inputs]
             return tokenizer.apply_chat_template(pairs, return_dict=True)["input_ids"]
-        ends = (RERANKER.prefix, RERANKER.suffix)
-        prefix, suffix = (tokenizer.encode(text, add_special_tokens=False) for text in ends)
+        prefix, suffix = tokens([RERANKER.prefix, RERANKER.suffix], ours.max_length, closed=False)
         bodies = [RERANKER.fill(DEFAULT_TASK, *pair) for pair in inputs]
-        return [prefix + ids + suffix for ids in tokens(bodies, ours.max_length - len(prefix) - len(suffix))]
+        longest = ours.max_length - len(prefix) - len(suffix)
+        return [prefix + ids + suffix for ids in tokens(bodies, longest, closed=False)]
 
     @torch.no_grad()
     def run(method: str, inputs: list[Any]) -> Tensor:

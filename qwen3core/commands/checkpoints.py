@@ -19,9 +19,7 @@ from .files import add_inputs, read_inputs, text_of
 
 def register(commands: Commands) -> None:
     """Add this group's commands and their arguments."""
-    parser = add_command(
-        commands, "parity", compare, "compare with sentence-transformers or transformers, layer by layer"
-    )
+    parser = add_command(commands, "parity", compare, "compare with transformers, layer by layer")
     add_inputs(parser, "texts to compare on", "--inputs")
     add_model_options(parser)
     add_command(commands, "inspect", inspect, "configuration, tensors and tokenizer self-check")
