@@ -157,7 +157,8 @@ class Embedder(Pretrained):
             truncate_dim = min(layout.truncate_dim, width)
         prefix = self._prefix(prompt)
         alone = [*prefix, *self.tokenizer.closing]  # sentence-transformers counts the prompt's tokens so
-        prompt_length = len(alone) - (alone[-1] in self.tokenizer.special_ids) if prompt else 0
+        ending = self.tokenizer.backend.id_to_token(alone[-1]) if prompt else None
+        prompt_length = len(alone) - (ending in layout.special_tokens) if prompt else 0
         embeddings = self.run(
             [prompt + text if isinstance(text, str) else text for text in texts],
             [prefix] * len(texts),

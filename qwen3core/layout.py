@@ -87,6 +87,8 @@ class Layout:
     """Vectors of ``POOLINGS``, side by side."""
     include_prompt: bool = True
     """Whether tokens of the prompt are pooled."""
+    special_tokens: tuple[str, ...] = ()
+    """Tokens that, at the end of a prompt by itself, do not count as the prompt's."""
     modules: tuple[Dense | Normalize, ...] = ()
     """What pooled vectors pass through: of late interaction, all tokens."""
     normalize: bool = True
@@ -319,7 +321,13 @@ class _Reader:
         modes = [modes] if isinstance(modes, str) else modes
         if not isinstance(modes, list) or not set(map(str, modes)) <= set(POOLINGS.values()):
             file.refuse("pooling_mode", f"one or more of {', '.join(POOLINGS.values())}")
-        return {"pooling": tuple(modes), "include_prompt": file.get("include_prompt", bool, True)}
+        found = {"pooling": tuple(modes), "include_prompt": file.get("include_prompt", bool, True)}
+        return found if found["include_prompt"] else found | {"special_tokens": self._special_tokens()}
+
+    def _special_tokens(self) -> tuple[str, ...]:
+        name = "extra_special_tokens" if "extra_special_tokens" in self.tokenizer.data else "additional_special_tokens"
+        extra = self.tokenizer.get(name, list, [])
+        return (*self._named_tokens().values(), *map(_content, extra))
 
     def _mask(self, rest: list[tuple[str, str]]) -> dict[str, Any]:
         """Which tokens of a late-interaction checkpoint count."""
@@ -424,6 +432,13 @@ class _Reader:
             file.data = {"activation_fn": stored or file.get("sbert_ce_default_activation_function", str)}
         return {"labels": labels, "activation": file.activation("Sigmoid" if len(labels) == 1 else "Identity")}
 
+    def _named_tokens(self) -> dict[str, str]:
+        """Special tokens by name; one that is not set is no variable of a template: it renders as nothing."""
+        defaults = dict.fromkeys(("eos_token", "pad_token", "unk_token"), EOS)
+        names = (*defaults, "bos_token", "sep_token", "cls_token", "mask_token")
+        found = {name: self.tokenizer.data.get(name, defaults.get(name)) for name in names}
+        return {name: _content(token) for name, token in found.items() if token is not None}
+
     def _chat_template(self) -> tuple[str | None, Path]:
         """The template's source, and where it stands: a file of its own wins."""
         path = self.directory / "chat_template.jinja"
@@ -444,12 +459,7 @@ class _Reader:
         if source is None:
             raise CheckpointError(f"{self.directory}: expected chat_template.jinja, the template of pairs, found none")
         processing = self.transformer.get("processing_kwargs", dict, {})
-        variables: dict[str, Any] = {"add_generation_prompt": False}
-        defaults = dict.fromkeys(("eos_token", "pad_token", "unk_token"), EOS)
-        for key in (*defaults, "bos_token", "sep_token", "cls_token", "mask_token"):
-            token = self.tokenizer.data.get(key, defaults.get(key))
-            if token is not None:  # one that is not set is no variable: it renders as nothing
-                variables[key] = token.get("content") if isinstance(token, dict) else token
+        variables: dict[str, Any] = {"add_generation_prompt": False, **self._named_tokens()}
         own = processing.get("chat_template", {})
         if set(processing) - {"chat_template"} or not isinstance(own, dict) or set(own) & NOT_VARIABLES:
             self.transformer.refuse("processing_kwargs", "variables of the chat template alone")
@@ -463,3 +473,8 @@ class _Reader:
 
     def _refuse_module(self, expected: str, found: str) -> NoReturn:
         raise CheckpointError(f"{self.directory / 'modules.json'}: expected {expected}, found {found}")
+
+
+def _content(token: Any) -> str:
+    """The text of a token, which may be an object with its settings."""
+    return str(token.get("content") if isinstance(token, dict) else token)

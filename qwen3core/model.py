@@ -152,13 +152,18 @@ class Qwen3Model(nn.Module):
         return rows[:1] - rows[1:] if self.score is None and len(rows) == 2 else rows
 
     @property
+    def _pools_last_token(self) -> bool:
+        """Whether the last row of each text is all that is pooled; where prompts are not, it must not be one's."""
+        return self.layout.pooling == LAST_TOKEN and self.layout.include_prompt
+
+    @property
     def shortcuts(self) -> bool:
         """Whether rows may be left out or shared: by pruning, by shared and cached prefixes, by equal texts.
 
         They may not while a hook is active, which must see every row, where the ops do not declare what it takes, or
         where a token sees those after it, or the checkpoint pools more than the last.
         """
-        return not self.hooks and self.ops.shortcuts and self.config.is_causal and self.layout.pooling == LAST_TOKEN
+        return not self.hooks and self.ops.shortcuts and self.config.is_causal and self._pools_last_token
 
     def run_layers(
         self, batch: PackedBatch, *, last_token: bool = False, keys_values: KeysValues | None = None
@@ -207,9 +212,9 @@ class Qwen3Model(nn.Module):
     ) -> Tensor:
         """Each text's pooled hidden states, cut to ``dim``, normalised; [T, H] to [N, dim] float32."""
         modes = self.layout.pooling
-        if batch.shares_prefixes and modes != LAST_TOKEN:
+        if batch.shares_prefixes and not self._pools_last_token:
             raise InputError(f"pack: prefixes: expected none where {', '.join(modes)} is pooled, found some")
-        other = {} if modes == LAST_TOKEN else {"modes": modes, "prompt_length": prompt_length}
+        other = {} if self._pools_last_token else {"modes": modes, "prompt_length": prompt_length}
         width = dim or self.config.hidden_size * len(modes)
         pooled = self.ops.pool(hidden_states, batch.text_cu_seqlens, width, normalize, **other)
         return self._hook(batch)("pooled", pooled)

@@ -167,7 +167,7 @@ def pool(
     side by side, are those of sentence-transformers' Pooling, over the tokens after the first ``prompt_length``; an
     operation that takes other modes than the last token has no shortcut.
     """
-    if modes == ("lasttoken",):
+    if modes == ("lasttoken",) and not prompt_length:
         pooled = at_least_float32(hidden_states[cu_seqlens[1:].long() - 1])[:, :dim]
     else:
         rows = [pool_text(x, modes, prompt_length) for x in hidden_states.split(cu_seqlens.diff().tolist())]
