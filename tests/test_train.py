@@ -10,6 +10,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import layouts
 import pytest
 import tolerances
 import torch
@@ -68,6 +69,31 @@ def task_of(opened, examples=EXAMPLES, **options):
 
 def recorded(folder):
     return [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
+
+
+AROUND = {
+    "Dense": ("embedding", lambda d: layouts.modules(d, layouts.pooling("mean"), layouts.dense(layouts.WIDTH, 24))),
+    "score head": ("reranker", layouts.classifier),
+    "Dense score": ("reranker", lambda d: layouts.pooled_score(d, layouts.pooling(), SCORE)),
+    "one token": ("reranker", lambda d: layouts.logit_score(d, "1", None)),
+    "bidirectional": ("embedding", lambda d: layouts.edit(d, "config.json", is_causal=False)),
+}
+SCORE = layouts.dense(layouts.WIDTH, 1, "Identity", module_output_name="scores")
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_what_surrounds_the_decoder_is_trained(name, bases, data, tmp_path):
+    job, change = AROUND[name]
+    source, out = layouts.copy(bases[job], tmp_path / "source"), tmp_path / "out"
+    change(source)
+    before = layouts.OURS[job](source)
+    flags = ["--epochs", "3", "--batch-size", "3", "--learning-rate", "0.01"]
+    assert main(["train", str(source), str(data), "-o", str(out), *flags]) == 0
+    changed = {key for key in Tensors(source) if not torch.equal(Tensors(source)[key], Tensors(out)[key])}
+    assert {key for key in Tensors(source) if not key.startswith(("layers.", "embed_", "norm."))} <= changed
+    after = layouts.OURS[job](out)
+    assert layouts.difference(after, layouts.TRUTH[job](out)) <= tolerances.EMBEDDING_FP32
+    assert layouts.difference(after, before) > 1e-3
 
 
 def test_info_nce_by_hand():

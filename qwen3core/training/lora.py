@@ -16,7 +16,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def add_lora(model: Qwen3Model, rank: int, *, seed: int = 0) -> None:
-    """Put adapters into the model, which then are its only parameters that require gradients.
+    """Put adapters into the decoder, which then are the model's only parameters that require gradients.
 
     rank: of each adapter's two matrices; they count twice (alpha = 2 rank). seed: of their first values.
     Raises InputError, also where peft is not installed.
@@ -45,7 +45,7 @@ def save_lora(
     prefix = "base_model.model.model." if lm_head else "base_model.model."
     adapters = get_peft_model_state_dict(model)
     config: Any = model.peft_config["default"]  # type: ignore[index]
-    config.task_type = "CAUSAL_LM" if lm_head else "FEATURE_EXTRACTION"
+    config.task_type = "SEQ_CLS" if model.score is not None else "CAUSAL_LM" if lm_head else "FEATURE_EXTRACTION"
     config.base_model_name_or_path, config.revision = base, revision
     with writing_into(folder) as part:
         for path in beside_weights(source):
