@@ -8,6 +8,7 @@ from .config import Qwen3Config
 from .embedder import Embedder
 from .errors import CheckpointError, InputError, Qwen3CoreError
 from .hooks import capture, edit
+from .layout import Layout
 from .model import Qwen3Model
 from .ops import Ops
 from .pretrained import stream
@@ -19,6 +20,7 @@ __all__ = [
     "CheckpointError",
     "Embedder",
     "InputError",
+    "Layout",
     "Ops",
     "PackedBatch",
     "Qwen3Config",

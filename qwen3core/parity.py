@@ -30,7 +30,6 @@ from . import samples
 from .batch import PackedBatch
 from .embedder import Embedder
 from .errors import InputError
-from .layout import Layout
 from .ops import Ops, resolve
 from .pretrained import Pretrained, open_tokenizer
 from .prompts import DEFAULT_TASK, EMBEDDING_PROMPTS, NO, RERANKER, YES
@@ -38,6 +37,7 @@ from .reading import as_list
 from .reranker import Reranker
 from .weights.build import open_model
 from .weights.find import find
+from .weights.layout import read_layout
 from .weights.precision import as_device, as_dtype, quantize
 from .weights.tensors import Tensors
 
@@ -122,10 +122,10 @@ def parity(
     Raises CheckpointError and InputError; a difference beyond tolerance does not raise, it makes ``report.ok`` false.
     """
     directory = find(path_or_id, revision=revision)
-    layout = Layout.from_directory(directory, job=job)
+    layout = read_layout(directory, job=job)
     kind = Embedder if layout.job in Embedder.jobs else Reranker
     kind._check_job(layout, directory)
-    declared = (directory / "modules.json").exists() and Layout.from_directory(directory).job == layout.job
+    declared = (directory / "modules.json").exists() and read_layout(directory).job == layout.job
     truth = ", ".join(map(_version, ["sentence-transformers"] * declared + ["transformers"]))
     device = as_device(device)
     lm_head = kind is Reranker and layout.score == "lm_head"

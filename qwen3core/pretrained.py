@@ -25,6 +25,7 @@ from .reading import as_iterator
 from .tokenizer import Tokenizer
 from .weights.build import load_model
 from .weights.find import base_directory, find
+from .weights.layout import read_layout
 
 MAX_LENGTH = 8192
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -103,7 +104,7 @@ class Pretrained:
             InputError: for the options.
         """
         directory = find(path_or_id, revision=revision)
-        layout = Layout.from_directory(directory, job=job)
+        layout = read_layout(directory, job=job)
         cls._check_job(layout, directory)
         tokenizer = open_tokenizer(directory, layout, split_special_tokens=split_special_tokens)
         layout = replace(layout, opening=tuple(tokenizer.opening), closing=tuple(tokenizer.closing))

@@ -9,9 +9,9 @@ from test_parity import check_bit_identity, check_embedding_fp32, check_reranker
 from torch.nn import functional as F
 
 from qwen3core import Embedder, Ops, Qwen3Config, Tokenizer, pack, pretrained, reference
-from qwen3core.layout import _Reader
 from qwen3core.model import DecoderLayer
 from qwen3core.prompts import Template
+from qwen3core.weights.layout import _Reader
 
 CHECKS = {
     "embedding": lambda dirs: check_embedding_fp32(dirs.embedding, "reference"),

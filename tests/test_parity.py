@@ -31,9 +31,9 @@ from tolerances import BF16_RATIO, EMBEDDING_FP32, SCORE_FP32
 from torch.nn import functional as F
 
 from qwen3core import Embedder, InputError, Reranker, Tokenizer, capture, load_model, pack
-from qwen3core.layout import Layout
 from qwen3core.model import DenseLayer
 from qwen3core.parity import parity
+from qwen3core.weights.layout import read_layout
 
 pytest.importorskip("transformers")
 pytest.importorskip("sentence_transformers")
@@ -197,7 +197,7 @@ def test_parity_report_sees_wrong_ids(embedding_dir, tmp_path):
 def undeclared(directory, *files):
     """Without what says what surrounds the decoder, or only a part of it."""
     for name in ("modules.json", *files):
-        (directory / name).unlink()
+        (directory / name).unlink(missing_ok=True)
 
 
 SCORE = dense(WIDTH, 1, "Identity", module_output_name="scores")
@@ -285,8 +285,8 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_parity_sees_a_layout_misread(checkpoint, monkeypatch, name):
     row, points, mistake = MISTAKES[name]
-    directory, read = checkpoint(row), Layout.from_directory
-    monkeypatch.setattr(Layout, "from_directory", lambda *args, **options: mistake(read(*args, **options)))
+    directory = checkpoint(row)
+    monkeypatch.setattr("qwen3core.parity.read_layout", lambda *args, **options: mistake(read_layout(*args, **options)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         report = parity(directory, job=LAYOUTS[row][0] if "undeclared" in row else None, dtype="float32")

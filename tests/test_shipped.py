@@ -6,8 +6,8 @@ from conftest import ROOT, SHARED
 
 from qwen3core import Embedder, Reranker, evaluation
 from qwen3core.config import Qwen3Config
-from qwen3core.layout import Layout
 from qwen3core.weights.find import SHIPPED, find
+from qwen3core.weights.layout import read_layout
 
 HELD_OUT = ROOT / "tests" / "data" / "held-out"
 
@@ -30,7 +30,7 @@ def test_size_layout_and_provenance(name):
     folder = find(name)
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 12e6
     assert Qwen3Config.from_file(folder / "config.json").dtype == "bfloat16"
-    assert Layout.from_directory(folder).job == name.removeprefix("tiny-")
+    assert read_layout(folder).job == name.removeprefix("tiny-")
     card = (folder / "README.md").read_text("utf-8")
     assert "WordNet 3.0 Copyright 2006 by Princeton University" in card
     assert f"python -m qwen3core.weights.tiny_recipe {name}" in card

@@ -12,6 +12,7 @@ from qwen3core.model import Qwen3Model
 from qwen3core.ops import Ops, resolve
 
 from .find import base_directory
+from .layout import read_layout
 from .precision import as_device, choose, quantize
 from .tensors import Tensors
 
@@ -65,7 +66,7 @@ def open_model(
     layout: as for ``load_model``; what follows the decoder in the files, and not in it, stays on disk. Raises
     CheckpointError.
     """
-    layout = layout or Layout.from_directory(directory)
+    layout = layout or read_layout(directory)
     config = Qwen3Config.from_file(base_directory(directory) / "config.json")
     tensors = Tensors(directory)
     tensors.require_layers(config.num_hidden_layers)

@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from .. import parity
-from ..layout import Layout
 from ..pretrained import open_tokenizer
 from ..tokenizer import Tokenizer
 from ..weights import merge, synthesize
 from ..weights.build import open_model
 from ..weights.find import find
+from ..weights.layout import read_layout
 from .arguments import Commands, add_command, add_model_options, require_new
 from .files import add_inputs, read_inputs, text_of
 
@@ -50,7 +50,7 @@ def compare(args: argparse.Namespace) -> int:
 def inspect(args: argparse.Namespace) -> int:
     """Print configuration, tensors and checks of the tokenizer; the exit status is 1 where one fails."""
     directory = find(args.model, revision=args.revision)
-    layout = Layout.from_directory(directory)
+    layout = read_layout(directory)
     model, tensors = open_model(directory, layout=layout)
     print(directory, *(f"  {name}: {value}" for name, value in vars(model.config).items()), sep="\n")
     tokenizer = open_tokenizer(directory, layout)

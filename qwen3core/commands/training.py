@@ -11,12 +11,12 @@ import torch
 from .. import training
 from ..embedder import Embedder
 from ..errors import InputError
-from ..layout import Layout
 from ..reranker import Reranker
 from ..training import lora, losses
 from ..training.files import STATE
 from ..weights.build import ties_lm_head
 from ..weights.find import SHIPPED, find
+from ..weights.layout import read_layout
 from ..weights.tensors import Tensors, check_rewritable, rewrite
 from .arguments import Commands, add_command, add_device, add_job, open_pretrained
 from .files import text_argument
@@ -67,7 +67,7 @@ def train(args: argparse.Namespace) -> int:
     examples = training.read_examples(args.inputs)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # torchrun's
-    job = Layout.from_directory(directory, job=args.job).job
+    job = read_layout(directory, job=args.job).job
     if job not in ("embedding", "reranker"):
         raise InputError(f"{directory}: expected a checkpoint of the job embedding or reranker, or --job, found {job}")
     embedding = job == "embedding"

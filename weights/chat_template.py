@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from .errors import CheckpointError
-from .prompts import FIELDS, Template
+from qwen3core.errors import CheckpointError
+from qwen3core.prompts import FIELDS, Template
 
 ROLES = ("system", "query", "document")
 MARKS = ("[[1 instruction]]", "[[2 query]]", "[[3 document]]")
