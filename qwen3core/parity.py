@@ -124,7 +124,7 @@ def parity(
     directory = find(path_or_id, revision=revision)
     layout = read_layout(directory, job=job)
     kind = Embedder if layout.job in Embedder.jobs else Reranker
-    kind._check_job(layout, directory)
+    kind.check_job(layout, directory)
     declared = (directory / "modules.json").exists() and read_layout(directory).job == layout.job
     truth = ", ".join(map(_version, ["sentence-transformers"] * declared + ["transformers"]))
     device = as_device(device)

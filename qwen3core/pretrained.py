@@ -105,7 +105,7 @@ class Pretrained:
         """
         directory = find(path_or_id, revision=revision)
         layout = read_layout(directory, job=job)
-        cls._check_job(layout, directory)
+        cls.check_job(layout, directory)
         tokenizer = open_tokenizer(directory, layout, split_special_tokens=split_special_tokens)
         layout = replace(layout, opening=tuple(tokenizer.opening), closing=tuple(tokenizer.closing))
         lm_head = cls.jobs == ("reranker",) and layout.score == "lm_head"
@@ -117,7 +117,7 @@ class Pretrained:
         )
 
     @classmethod
-    def _check_job(cls, layout: Layout, directory: Path) -> None:
+    def check_job(cls, layout: Layout, directory: Path) -> None:
         """Raise CheckpointError where the files declare a job that is not of this class; warn where they say none."""
         job = cls.jobs[0]
         if layout.job is None or (layout.job == "chat" and job == "embedding"):

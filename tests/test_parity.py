@@ -7,6 +7,7 @@ import functools
 import warnings
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
+from typing import Any
 
 import layouts
 import pytest
@@ -194,14 +195,15 @@ def test_parity_report_sees_wrong_ids(embedding_dir, tmp_path):
     assert not any(row.ok for row in report.rows)
 
 
-def undeclared(directory, *files):
-    """Without what says what surrounds the decoder, or only a part of it."""
-    for name in ("modules.json", *files):
-        (directory / name).unlink(missing_ok=True)
+def undeclared(directory, template=None):
+    """No modules.json, and perhaps a template of pairs."""
+    if template:
+        logit_score(directory, template=template)
+    (directory / "modules.json").unlink(missing_ok=True)
 
 
 SCORE = dense(WIDTH, 1, "Identity", module_output_name="scores")
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[str, Any]] = {
     "mean pooling": ("embedding", lambda d: modules(d, pooling("mean"), NORMALIZE)),
     "prompt not pooled": ("embedding", lambda d: modules(d, pooling("mean", include_prompt=False))),
     "Dense": ("embedding", lambda d: modules(d, pooling(), dense(WIDTH, 24))),
@@ -216,12 +218,9 @@ LAYOUTS = {
     "template": ("reranker", lambda d: logit_score(d, template=QUERY_IN_SYSTEM)),
     "score head": ("reranker", classifier),
     "Pooling and Dense": ("reranker", lambda d: pooled_score(d, pooling(), SCORE)),
-    "undeclared reranker": ("reranker", lambda d: undeclared(d, "chat_template.jinja")),
-    "undeclared template": (
-        "reranker",
-        lambda d: (logit_score(d, template=OFFICIAL.replace("meets", "fits")), undeclared(d)),
-    ),
-    "undeclared score head": ("reranker", lambda d: (classifier(d, 3), undeclared(d, "chat_template.jinja"))),
+    "undeclared reranker": ("reranker", lambda d: None),
+    "undeclared template": ("reranker", lambda d: undeclared(d, OFFICIAL.replace("meets", "fits"))),
+    "undeclared score head": ("reranker", lambda d: classifier(d, 3, declared=False)),
 }
 """What stands around the decoder, and is compared with what sentence-transformers or transformers makes of it."""
 
