@@ -249,7 +249,7 @@ def cross_encoder(
     modules(directory, *chain)
     method = {"method": "forward", "method_output_name": output[0]}
     modality = {"text": method, "message": {**method, "format": "structured" if "content[0]" in template else "flat"}}
-    settings = {"transformer_task": task, "modality_config": modality, "module_output_name": output[1]}
+    settings: dict[str, Any] = {"transformer_task": task, "modality_config": modality, "module_output_name": output[1]}
     write(directory, "sentence_bert_config.json", settings | transformer)
     settings = {"model_type": "CrossEncoder", "prompts": prompts or {}, "default_prompt_name": default}
     if activation:
@@ -350,7 +350,7 @@ def model_card_scores(directory: Path, pairs: list[tuple[str, str]] = PAIRS) -> 
     """The model card's template by transformers, one sequence at a time; the sigmoid of a single number."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer: Any = AutoTokenizer.from_pretrained(directory)
     config = json.loads((directory / "config.json").read_text("utf-8"))
     model: Any
     if config["architectures"] == ["Qwen3ForSequenceClassification"]:
@@ -396,8 +396,16 @@ def late_ours(directory: Path, texts: list[str] = TEXTS, **options: Any) -> list
     return [*(tokens.vectors.numpy() for tokens in found), model.similarity(*found[:2]).numpy()]
 
 
-TRUTH = {"embedding": embedding_truth, "reranker": reranker_truth, "late interaction": late_truth}
-OURS = {"embedding": embedding_ours, "reranker": reranker_ours, "late interaction": late_ours}
+TRUTH: dict[str, Callable[..., list[np.ndarray]]] = {
+    "embedding": embedding_truth,
+    "reranker": reranker_truth,
+    "late interaction": late_truth,
+}
+OURS: dict[str, Callable[..., list[np.ndarray]]] = {
+    "embedding": embedding_ours,
+    "reranker": reranker_ours,
+    "late interaction": late_ours,
+}
 
 
 def difference(ours: list[np.ndarray], truth: list[np.ndarray]) -> float:

@@ -7,7 +7,9 @@ opened. The table of weights/README.md has the same rows. test_layouts_mutations
 import functools
 import json
 import warnings
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import layouts
 import numpy as np
@@ -45,12 +47,25 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 TOLERANCE = {"embedding": EMBEDDING_FP32, "reranker": SCORE_FP32, "late interaction": EMBEDDING_FP32}
 
 
-def settings(d, **changed):
-    edit(d, "config_sentence_transformers.json", **changed)
+def edited(name, *removed, **changed):
+    return lambda d: edit(d, name, *removed, **changed)
 
 
-def config(d, *removed, **changed):
-    edit(d, "config.json", *removed, **changed)
+in_config = partial(edited, "config.json")
+in_settings = partial(edited, "config_sentence_transformers.json")
+in_transformer = partial(edited, "sentence_bert_config.json")
+
+
+def closed(*tokens, **options):
+    return lambda d: closing(d, *tokens, **options)
+
+
+def steps(*changes: layouts.Change) -> layouts.Change:
+    def change(d):
+        for step in changes:
+            step(d)
+
+    return change
 
 
 def chain(*modules_, **options):
@@ -62,13 +77,11 @@ def legacy_pooling(**flags):
     return "Pooling", {"word_embedding_dimension": WIDTH, **keys}
 
 
-def of_transformer(**settings_):
+def of_transformer(**more):
     """sentence_bert_config.json, as sentence-transformers 6 writes it."""
     text = {"method": "forward", "method_output_name": "last_hidden_state"}
     whole = {"transformer_task": "feature-extraction", "modality_config": {"text": text}}
-    return lambda d: write(
-        d, "sentence_bert_config.json", {**whole, "module_output_name": "token_embeddings", **settings_}
-    )
+    return lambda d: write(d, "sentence_bert_config.json", {**whole, "module_output_name": "token_embeddings", **more})
 
 
 def untied(d):
@@ -96,9 +109,9 @@ def template_in_tokenizer_config(d):
 
 
 SCORE = dense(WIDTH, 1, "Identity", bias=False, module_output_name="scores")
-DEFAULT = {"prompts": {"query": "Find what helps"}, "default": "query"}
+DEFAULT: dict[str, Any] = {"prompts": {"query": "Find what helps"}, "default": "query"}
 
-HONOURED = {
+HONOURED: dict[str, tuple[str, layouts.Change]] = {
     # embedding
     "official": ("embedding", lambda d: None),
     **{f"pooling {mode}": ("embedding", chain(pooling(mode), NORMALIZE)) for mode in MODES},
@@ -127,139 +140,126 @@ HONOURED = {
         chain(pooling(), dense(WIDTH, 48, "GELU", use_residual=True), dense(48, 48, "ReLU", use_residual=True)),
     ),
     "Normalize, then Dense": ("embedding", chain(pooling("mean"), NORMALIZE, dense(WIDTH, 8, "Identity"))),
-    "prompts without a query": ("embedding", lambda d: settings(d, prompts={"web": "Instruct: W\nQuery: "})),
-    "no prompts": ("embedding", lambda d: settings(d, prompts={})),
-    "prompts of its own": ("embedding", lambda d: settings(d, prompts={"query": "Q: ", "document": "D: "})),
-    "default prompt": ("embedding", lambda d: settings(d, prompts={"web": "Search: "}, default_prompt_name="web")),
+    "prompts without a query": ("embedding", in_settings(prompts={"web": "Instruct: W\nQuery: "})),
+    "no prompts": ("embedding", in_settings(prompts={})),
+    "prompts of its own": ("embedding", in_settings(prompts={"query": "Q: ", "document": "D: "})),
+    "default prompt": ("embedding", in_settings(prompts={"web": "Search: "}, default_prompt_name="web")),
     "default prompt beside a query's": (
         "embedding",
-        lambda d: settings(d, prompts={"web": "Search: ", "query": "Q: "}, default_prompt_name="web"),
+        in_settings(prompts={"web": "Search: ", "query": "Q: "}, default_prompt_name="web"),
     ),
     "default prompt not pooled": (
         "embedding",
-        lambda d: (
-            chain(pooling("mean", include_prompt=False))(d),
-            settings(d, prompts={"web": "Search: "}, default_prompt_name="web"),
+        steps(
+            chain(pooling("mean", include_prompt=False)),
+            in_settings(prompts={"web": "Search: "}, default_prompt_name="web"),
         ),
     ),
-    "closing token <|im_end|>": ("embedding", lambda d: closing(d, "<|im_end|>")),
-    "two closing tokens": ("embedding", lambda d: closing(d, "<|im_end|>", "<|endoftext|>")),
-    "closing token not special": ("embedding", lambda d: closing(d, "<|fim_pad|>")),
-    "opening token": ("embedding", lambda d: closing(d, "<|endoftext|>", opening=["<|im_start|>"])),
+    "closing token <|im_end|>": ("embedding", closed("<|im_end|>")),
+    "two closing tokens": ("embedding", closed("<|im_end|>", "<|endoftext|>")),
+    **{
+        f"prompt not pooled, closed by {token}": (
+            "embedding",
+            steps(
+                closed(token),
+                edited("tokenizer_config.json", additional_special_tokens=["<|box_end|>"]),
+                chain(pooling("mean", include_prompt=False)),
+            ),
+        )
+        for token in ("<|im_end|>", "<|im_start|>", "<|box_end|>", "<|fim_pad|>")
+    },
+    "closing token not special": ("embedding", closed("<|fim_pad|>")),
+    "opening token": ("embedding", closed("<|endoftext|>", opening=["<|im_start|>"])),
     "opening token, prompt not pooled": (
         "embedding",
-        lambda d: (
-            closing(d, "<|endoftext|>", opening=["<|im_start|>"]),
-            chain(pooling("mean", include_prompt=False))(d),
-        ),
+        steps(closed("<|endoftext|>", opening=["<|im_start|>"]), chain(pooling("mean", include_prompt=False))),
     ),
-    "no closing token, mean": ("embedding", lambda d: (closing(d), chain(pooling("mean"), NORMALIZE)(d))),
-    "max_seq_length": ("embedding", lambda d: write(d, "sentence_bert_config.json", {"max_seq_length": 24})),
+    "no closing token, mean": ("embedding", steps(closing, chain(pooling("mean"), NORMALIZE))),
+    "max_seq_length": ("embedding", in_transformer(max_seq_length=24)),
     "max_seq_length, mean": (
         "embedding",
-        lambda d: (
-            write(d, "sentence_bert_config.json", {"max_seq_length": 24}),
-            chain(pooling("mean", include_prompt=False))(d),
-        ),
+        steps(in_transformer(max_seq_length=24), chain(pooling("mean", include_prompt=False))),
     ),
-    "model_max_length": ("embedding", lambda d: edit(d, "tokenizer_config.json", model_max_length=24)),
+    "model_max_length": ("embedding", edited("tokenizer_config.json", model_max_length=24)),
     "max_seq_length above model_max_length": (
         "embedding",
-        lambda d: (
-            write(d, "sentence_bert_config.json", {"max_seq_length": 40}),
-            edit(d, "tokenizer_config.json", model_max_length=24),
-        ),
+        steps(in_transformer(max_seq_length=40), edited("tokenizer_config.json", model_max_length=24)),
     ),
-    "do_lower_case": ("embedding", lambda d: write(d, "sentence_bert_config.json", {"do_lower_case": True})),
+    "do_lower_case": ("embedding", in_transformer(do_lower_case=True)),
     "sentence_bert_config.json of version 6": ("embedding", of_transformer(max_seq_length=30)),
-    "truncate_dim": ("embedding", lambda d: settings(d, truncate_dim=16)),
-    "truncate_dim, no Normalize": ("embedding", lambda d: (chain(pooling("mean"))(d), settings(d, truncate_dim=16))),
-    "truncate_dim above the width": ("embedding", lambda d: settings(d, truncate_dim=999)),
+    "truncate_dim": ("embedding", in_settings(truncate_dim=16)),
+    "truncate_dim, no Normalize": ("embedding", steps(chain(pooling("mean")), in_settings(truncate_dim=16))),
+    "truncate_dim above the width": ("embedding", in_settings(truncate_dim=999)),
     **{
-        f"similarity {name}": (
-            "embedding",
-            lambda d, name=name: (chain(pooling("mean"))(d), settings(d, similarity_fn_name=name)),
-        )
+        f"similarity {name}": ("embedding", steps(chain(pooling("mean")), in_settings(similarity_fn_name=name)))
         for name in ("cosine", "dot", "euclidean", "manhattan")
     },
-    "bidirectional, is_causal": ("embedding", lambda d: config(d, is_causal=False)),
-    "bidirectional, both keys": ("embedding", lambda d: config(d, is_causal=False, use_bidirectional_attention=True)),
-    "bidirectional, mean": ("embedding", lambda d: (config(d, is_causal=False), chain(pooling("mean"), NORMALIZE)(d))),
+    "bidirectional, is_causal": ("embedding", in_config(is_causal=False)),
+    "bidirectional, both keys": ("embedding", in_config(is_causal=False, use_bidirectional_attention=True)),
+    "bidirectional, mean": ("embedding", steps(in_config(is_causal=False), chain(pooling("mean"), NORMALIZE))),
     "rope_parameters": (
         "embedding",
-        lambda d: config(d, "rope_theta", "rope_scaling", rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+        in_config("rope_theta", "rope_scaling", rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
     ),
-    "rope_theta": ("embedding", lambda d: config(d, rope_theta=1e4)),
-    "YaRN": ("embedding", lambda d: config(d, rope_scaling=YARN)),
+    "rope_theta": ("embedding", in_config(rope_theta=1e4)),
+    "YaRN": ("embedding", in_config(rope_scaling=YARN)),
     "YaRN, old key": (
         "embedding",
-        lambda d: config(d, rope_scaling={"type" if k == "rope_type" else k: v for k, v in YARN.items()}),
+        in_config(rope_scaling={"type" if k == "rope_type" else k: v for k, v in YARN.items()}),
     ),
     "YaRN, rope_parameters": (
         "embedding",
-        lambda d: config(d, "rope_theta", "rope_scaling", rope_parameters={**YARN, "rope_theta": 1e6}),
+        in_config("rope_theta", "rope_scaling", rope_parameters={**YARN, "rope_theta": 1e6}),
     ),
-    "dtype": ("embedding", lambda d: config(d, "torch_dtype", dtype="float32")),
+    "dtype": ("embedding", in_config("torch_dtype", dtype="float32")),
     "keys that do not matter": (
         "embedding",
-        lambda d: (
-            config(d, transformers_version="5.0", use_cache=False, attention_dropout=0.1, pretraining_tp=1),
-            settings(d, __version__={"pytorch": "2.0"}, model_type="SentenceTransformer"),
+        steps(
+            in_config(transformers_version="5.0", use_cache=False, attention_dropout=0.1, pretraining_tp=1),
+            in_settings(__version__={"pytorch": "2.0"}, model_type="SentenceTransformer"),
         ),
     ),
     "adapter beside weights": ("embedding", adapter),
-    "adapter beside weights, rslora": ("embedding", lambda d: adapter(d, use_rslora=True)),
+    "adapter beside weights, rslora": ("embedding", partial(adapter, use_rslora=True)),
     "adapter alone": ("embedding", adapter_alone),
     "late interaction": ("late interaction", late_interaction),
-    "late interaction, skiplist": (
-        "late interaction",
-        lambda d: late_interaction(d, mask={"skiplist_words": [".", ";"]}),
-    ),
-    "late interaction, meanmaxsim": (
-        "late interaction",
-        lambda d: late_interaction(d, similarity_fn_name="meanmaxsim"),
-    ),
+    "late interaction, skiplist": ("late interaction", partial(late_interaction, mask={"skiplist_words": [".", ";"]})),
+    "late interaction, meanmaxsim": ("late interaction", partial(late_interaction, similarity_fn_name="meanmaxsim")),
     "late interaction, lengths": (
         "late interaction",
-        lambda d: (
-            late_interaction(d),
-            write(d, "sentence_bert_config.json", {"query_length": 12, "document_length": 20}),
-        ),
+        steps(late_interaction, in_transformer(query_length=12, document_length=20)),
     ),
-    "late interaction, bidirectional": (
-        "late interaction",
-        lambda d: (late_interaction(d), config(d, is_causal=False)),
-    ),
+    "late interaction, bidirectional": ("late interaction", steps(late_interaction, in_config(is_causal=False))),
     # reranker
     "undeclared": ("reranker", lambda d: None),
     **{
-        f"template, {name}": ("reranker", lambda d, text=text: logit_score(d, template=text, **DEFAULT))
+        f"template, {name}": ("reranker", partial(logit_score, template=text, **DEFAULT))
         for name, text in TEMPLATES.items()
     },
     "template in tokenizer_config.json": ("reranker", template_in_tokenizer_config),
     "template with its own default": ("reranker", logit_score),
     "LogitScore 1 and 0": ("reranker", lambda d: logit_score(d, "1", "0")),
     "LogitScore 1 alone": ("reranker", lambda d: logit_score(d, "1", None)),
-    "LogitScore, sigmoid": ("reranker", lambda d: logit_score(d, activation="activation.Sigmoid")),
+    "LogitScore, sigmoid": ("reranker", partial(logit_score, activation="activation.Sigmoid")),
     "instruction that no template takes": (
         "reranker",
-        lambda d: logit_score(d, template=TEMPLATES["query in system turn"], **DEFAULT),
+        partial(logit_score, template=TEMPLATES["query in system turn"], **DEFAULT),
     ),
-    "long documents": ("reranker", lambda d: logit_score(d, max_seq_length=150)),
+    "long documents": ("reranker", partial(logit_score, max_seq_length=150)),
     "long documents, other template": (
         "reranker",
-        lambda d: logit_score(d, template=TEMPLATES["query in system turn"], max_seq_length=60),
+        partial(logit_score, template=TEMPLATES["query in system turn"], max_seq_length=60),
     ),
     "untied lm_head": ("reranker", untied),
-    "untied lm_head, declared": ("reranker", lambda d: (untied(d), config(d, tie_word_embeddings=False))),
-    "bidirectional reranker": ("reranker", lambda d: (logit_score(d), config(d, is_causal=False))),
-    "reranker with an adapter": ("reranker", lambda d: (logit_score(d), adapter(d))),
+    "untied lm_head, declared": ("reranker", steps(untied, in_config(tie_word_embeddings=False))),
+    "bidirectional reranker": ("reranker", steps(logit_score, in_config(is_causal=False))),
+    "reranker with an adapter": ("reranker", steps(logit_score, adapter)),
     "score head": ("reranker", classifier),
-    "score head, activation": ("reranker", lambda d: classifier(d, activation="linear.Identity")),
+    "score head, activation": ("reranker", partial(classifier, activation="linear.Identity")),
     "score head, 3 labels": ("reranker", lambda d: classifier(d, 3)),
-    "score head, undeclared": ("reranker", lambda d: classifier(d, declared=False)),
+    "score head, undeclared": ("reranker", partial(classifier, declared=False)),
     "score head, 3 labels, undeclared": ("reranker", lambda d: classifier(d, 3, declared=False)),
-    "score head, bidirectional": ("reranker", lambda d: (classifier(d), config(d, is_causal=False))),
+    "score head, bidirectional": ("reranker", steps(classifier, in_config(is_causal=False))),
     "Pooling and Dense": ("reranker", lambda d: pooled_score(d, pooling(), SCORE)),
     "Pooling and Dense, mean": ("reranker", lambda d: pooled_score(d, pooling("mean"), SCORE)),
     "Pooling and Dense, 3 labels": (
@@ -330,18 +330,6 @@ BROKEN_TEMPLATES = {
 }
 
 
-def edited(name, **changed):
-    return lambda d: edit(d, name, **changed)
-
-
-def in_settings(**changed):
-    return edited("config_sentence_transformers.json", **changed)
-
-
-def in_config(**changed):
-    return edited("config.json", **changed)
-
-
 def gguf(d):
     (d / "model.safetensors").unlink()
     (d / "model-q4_k_m.gguf").write_bytes(b"GGUF")
@@ -379,6 +367,11 @@ def moved_transformer(d):
     write(d, "modules.json", [{**first, "path": "0_Transformer"}, second])
 
 
+def modules_gone(d):
+    """A checkpoint that declares nothing."""
+    (d / "modules.json").unlink()
+
+
 def chat_model(d):
     edit(d, "generation_config.json", do_sample=True, temperature=0.6)
 
@@ -391,12 +384,12 @@ def no_template(d):
 def scored(**changed):
     def change(d):
         classifier(d, 3)
-        config(d, **changed)
+        edit(d, "config.json", **changed)
 
     return change
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[str, layouts.Change, list[str]]] = {
     # modules
     "LayerNorm": ("embedding", chain(pooling(), ("LayerNorm", {"dimension": WIDTH})), ["modules.json", "LayerNorm"]),
     "WordWeights": (
@@ -438,31 +431,24 @@ REFUSED = {
     "prompts": ("embedding", in_settings(prompts={"query": 1}), ["prompts"]),
     "default prompt": ("embedding", in_settings(default_prompt_name="web"), ["default_prompt_name", "web"]),
     "truncate_dim": ("embedding", in_settings(truncate_dim=0), ["truncate_dim", "0"]),
-    "max_seq_length": ("embedding", edited("sentence_bert_config.json", max_seq_length=-1), ["max_seq_length", "-1"]),
+    "max_seq_length": ("embedding", in_transformer(max_seq_length=-1), ["max_seq_length", "-1"]),
     "model_max_length": ("embedding", edited("tokenizer_config.json", model_max_length="x"), ["model_max_length", "x"]),
-    "key of the Transformer": ("embedding", edited("sentence_bert_config.json", pad_to=8), ["pad_to"]),
-    "arguments of the config": (
-        "embedding",
-        edited("sentence_bert_config.json", config_args={"rope_theta": 1.0}),
-        ["config_args"],
-    ),
+    "key of the Transformer": ("embedding", in_transformer(pad_to=8), ["pad_to"]),
+    "arguments of the config": ("embedding", in_transformer(config_args={"rope_theta": 1.0}), ["config_args"]),
     "chat template around texts": ("embedding", message_embedder, ["modality_config", "message"]),
     "query expansion": (
         "embedding",
-        lambda d: (
-            late_interaction(d),
-            write(d, "sentence_bert_config.json", {"query_expansion": {"strategy": "fixed", "length": 32}}),
-        ),
+        steps(late_interaction, in_transformer(query_expansion={"strategy": "fixed", "length": 32})),
         ["query_expansion"],
     ),
     "query expansion of PyLate": (
         "embedding",
-        lambda d: late_interaction(d, query_length=32, do_query_expansion=True),
+        partial(late_interaction, query_length=32, do_query_expansion=True),
         ["do_query_expansion"],
     ),
     "tokens of images": (
         "embedding",
-        lambda d: late_interaction(d, mask={"keep_only_token_ids": [1]}),
+        partial(late_interaction, mask={"keep_only_token_ids": [1]}),
         ["3_MultiVectorMask", "keep_only_token_ids"],
     ),
     # config.json
@@ -494,27 +480,27 @@ REFUSED = {
     # adapters
     "adapter, other kind": (
         "embedding",
-        lambda d: adapter(d, peft_type="IA3"),
+        partial(adapter, peft_type="IA3"),
         ["adapter_config.json", "peft_type", "IA3"],
     ),
-    "adapter, DoRA": ("embedding", lambda d: adapter(d, use_dora=True), ["adapter_config.json", "use_dora"]),
+    "adapter, DoRA": ("embedding", partial(adapter, use_dora=True), ["adapter_config.json", "use_dora"]),
     "adapter without a base": ("embedding", adapter_of_nothing, ["nowhere"]),
     # rerankers
     "text pairs": ("reranker", text_pairs, ["modality_config", "message"]),
     "no template": ("reranker", no_template, ["chat_template.jinja"]),
     **{
-        f"template, {name}": ("reranker", lambda d, text=text: logit_score(d, template=text), ["template"])
+        f"template, {name}": ("reranker", partial(logit_score, template=text), ["template"])
         for name, text in BROKEN_TEMPLATES.items()
     },
     "activation of LogitScore": (
         "reranker",
-        lambda d: logit_score(d, activation="activation.Tanh"),
+        partial(logit_score, activation="activation.Tanh"),
         ["activation_fn", "Tanh"],
     ),
-    "default instruction": ("reranker", lambda d: logit_score(d, default="query"), ["default_prompt_name", "query"]),
+    "default instruction": ("reranker", partial(logit_score, default="query"), ["default_prompt_name", "query"]),
     "answer outside the vocabulary": (
         "reranker",
-        lambda d: (logit_score(d), edit(d, "1_LogitScore/config.json", true_token_id=99999)),
+        steps(logit_score, edited("1_LogitScore/config.json", true_token_id=99999)),
         ["true_token_id", "99999"],
     ),
     "names of labels": ("reranker", scored(id2label={"0": "a", "7": "b", "2": "c"}), ["id2label"]),
@@ -527,7 +513,7 @@ REFUSED = {
     "score head as an Embedder": ("embedding", classifier, ["embedding", "reranker"]),
     "score head, undeclared, as an Embedder": (
         "embedding",
-        lambda d: (modules_gone(d), classifier(d, declared=False)),
+        steps(modules_gone, partial(classifier, declared=False)),
         ["embedding", "reranker"],
     ),
     "Pooling and Dense as an Embedder": (
@@ -537,11 +523,6 @@ REFUSED = {
     ),
     "chat model as a Reranker": ("reranker", chat_model, ["chat", "reranker"]),
 }
-
-
-def modules_gone(d):
-    """A checkpoint that declares nothing."""
-    (d / "modules.json").unlink()
 
 
 def opened(kind, directory, **options):
