@@ -9,6 +9,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import layouts
 import pytest
@@ -71,14 +72,14 @@ def recorded(folder):
     return [json.loads(line) for line in (folder / "loss.jsonl").read_text().splitlines()]
 
 
-AROUND = {
+SCORE_MODULE = layouts.dense(layouts.WIDTH, 1, "Identity", module_output_name="scores")
+AROUND: dict[str, tuple[str, Any]] = {
     "Dense": ("embedding", lambda d: layouts.modules(d, layouts.pooling("mean"), layouts.dense(layouts.WIDTH, 24))),
     "score head": ("reranker", layouts.classifier),
-    "Dense score": ("reranker", lambda d: layouts.pooled_score(d, layouts.pooling(), SCORE)),
+    "Dense score": ("reranker", lambda d: layouts.pooled_score(d, layouts.pooling(), SCORE_MODULE)),
     "one token": ("reranker", lambda d: layouts.logit_score(d, "1", None)),
     "bidirectional": ("embedding", lambda d: layouts.edit(d, "config.json", is_causal=False)),
 }
-SCORE = layouts.dense(layouts.WIDTH, 1, "Identity", module_output_name="scores")
 
 
 @pytest.mark.parametrize("name", AROUND)
