@@ -42,7 +42,7 @@ POINTS = {
     "layers.{i}.mlp_out": "[T, H] what the MLP adds to the residual stream",
     "layers.{i}.resid_post": "[T, H] residual stream out of the layer",
     "final_norm": "[T, H] last hidden states, final norm applied",
-    "pooled": "[N, dim] float32, one row per text: the embedding, or the reranker's last hidden state",
+    "pooled": "[N, dim] float32, one row per text: the embedding (before Dense), or the reranker's last hidden state",
 }
 
 

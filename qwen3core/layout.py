@@ -32,8 +32,9 @@ class Layout:
     """The surroundings of a decoder; the defaults are those of Qwen3-Embedding's and Qwen3-Reranker's model cards.
 
     Example:
-        >>> Embedder.from_pretrained("tiny-embedding").layout
-        Layout(job='embedding', causal=True, pooling=('lasttoken',), closing=(12000,), max_length=131072)
+        >>> layout = Embedder.from_pretrained("tiny-embedding").layout
+        >>> layout.job, layout.pooling, layout.closing
+        ('embedding', ('lasttoken',), (12000,))
     """
 
     job: str | None = None

@@ -107,7 +107,7 @@ class Pretrained:
         layout = read_layout(directory, job=job)
         cls.check_job(layout, directory)
         tokenizer = open_tokenizer(directory, layout, split_special_tokens=split_special_tokens)
-        layout = replace(layout, opening=tuple(tokenizer.opening), closing=tuple(tokenizer.closing))
+        layout = with_tokens(layout, tokenizer)
         lm_head = cls.jobs == ("reranker",) and layout.score == "lm_head"
         return cls(
             load_model(directory, dtype=dtype, device=device, ops=ops, lm_head=lm_head, layout=layout),
@@ -307,6 +307,12 @@ def open_tokenizer(directory: Path, layout: Layout, *, split_special_tokens: boo
             "official checkpoints do, and not in sentence-transformers"
         )
     return tokenizer
+
+
+def with_tokens(layout: Layout, tokenizer: Tokenizer) -> Layout:
+    """The layout with what only the tokenizer knows: the tokens around a text, and where a template is split."""
+    opening, closing = tuple(tokenizer.opening), tuple(tokenizer.closing)
+    return replace(layout, template=tokenizer.template, opening=opening, closing=closing)
 
 
 def is_finite(x: Tensor) -> bool:

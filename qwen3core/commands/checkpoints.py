@@ -3,11 +3,10 @@
 import argparse
 import math
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 from .. import parity
-from ..pretrained import open_tokenizer
+from ..pretrained import open_tokenizer, with_tokens
 from ..tokenizer import Tokenizer
 from ..weights import merge, synthesize
 from ..weights.build import open_model
@@ -54,7 +53,7 @@ def inspect(args: argparse.Namespace) -> int:
     model, tensors = open_model(directory, layout=layout)
     print(directory, *(f"  {name}: {value}" for name, value in vars(model.config).items()), sep="\n")
     tokenizer = open_tokenizer(directory, layout)
-    layout = replace(layout, opening=tuple(tokenizer.opening), closing=tuple(tokenizer.closing))
+    layout = with_tokens(layout, tokenizer)
     print("\naround the decoder", *(f"  {name}: {value!r}" for name, value in vars(layout).items()), sep="\n")
     parameters = sum(math.prod(tensors.shape(name)) for name in tensors)
     print(f"\n{len(list(tensors))} tensors, {parameters:,} parameters; layers 1 and up repeat the shapes of layer 0:")
