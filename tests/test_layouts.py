@@ -434,6 +434,12 @@ REFUSED: dict[str, tuple[str, layouts.Change, list[str]]] = {
     "max_seq_length": ("embedding", in_transformer(max_seq_length=-1), ["max_seq_length", "-1"]),
     "model_max_length": ("embedding", edited("tokenizer_config.json", model_max_length="x"), ["model_max_length", "x"]),
     "key of the Transformer": ("embedding", in_transformer(pad_to=8), ["pad_to"]),
+    "arguments of the processor": (
+        "embedding",
+        in_transformer(processing_kwargs={"text": {"max_length": 8}}),
+        ["processing_kwargs", "max_length"],
+    ),
+    "another task": ("embedding", in_transformer(transformer_task="text-generation"), ["transformer_task"]),
     "arguments of the config": ("embedding", in_transformer(config_args={"rope_theta": 1.0}), ["config_args"]),
     "chat template around texts": ("embedding", message_embedder, ["modality_config", "message"]),
     "query expansion": (
@@ -502,6 +508,11 @@ REFUSED: dict[str, tuple[str, layouts.Change, list[str]]] = {
         "reranker",
         steps(logit_score, edited("1_LogitScore/config.json", true_token_id=99999)),
         ["true_token_id", "99999"],
+    ),
+    "score head, template that ends in padding": (
+        "reranker",
+        lambda d: classifier(d, template=OFFICIAL.rstrip() + "<|endoftext|>"),
+        ["chat template", "padding"],
     ),
     "names of labels": ("reranker", scored(id2label={"0": "a", "7": "b", "2": "c"}), ["id2label"]),
     "number of labels": ("reranker", scored(id2label={"0": "a"}, num_labels=1), ["score.weight"]),

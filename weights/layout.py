@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 from qwen3core.config import Qwen3Config, read_json
 from qwen3core.errors import CheckpointError, check_one_of
 from qwen3core.layout import Dense, Layout, Normalize
-from qwen3core.prompts import EOS
+from qwen3core.prompts import EOS, FIELDS, RERANKER, Template
 
 from .chat_template import read_template
 from .find import base_directory
@@ -42,6 +42,11 @@ JOBS = {
 """What a checkpoint is for, by ``model_type`` of config_sentence_transformers.json."""
 STRUCTURED = ("content[0]", ".type", "'type'", '"type"', "item.type", "message.content[")
 """Signs by which sentence-transformers tells that a chat template wants lists of parts."""
+PYLATE = (
+    *("query_length", "document_length", "query_prefix", "document_prefix", "skiplist_words", "query_expansion"),
+    *("do_query_expansion", "attend_to_expansion_tokens", "attend_to_mask_tokens"),
+)
+"""Keys by which sentence-transformers tells that PyLate wrote a checkpoint, whose queries are filled up by default."""
 NOT_VARIABLES = {
     *("chat_template", "tools", "documents", "continue_final_message", "tokenize", "return_dict", "restore_suffix"),
     *("padding", "truncation", "max_length", "return_tensors", "messages", "tokenizer_kwargs"),
@@ -168,7 +173,7 @@ class _Reader:
         if self.modules:
             if self.modules[-1][0] == "LogitScore":
                 return "reranker"
-            return JOBS[self.settings.one_of("model_type", JOBS, "SentenceTransformer")]
+            return JOBS[self.settings.one_of("model_type", JOBS) or "SentenceTransformer"]
         if self.classifier:
             return "reranker"
         generation = _File(self.directory / "generation_config.json")
@@ -192,8 +197,14 @@ class _Reader:
         for key in ("model_args", "model_kwargs"):
             if set(file.get(key, dict, {})) - {"dtype", "torch_dtype", "attn_implementation", "device_map"}:
                 file.refuse(key, "a dtype or nothing")
-        logits = job == "reranker" and (not rest or rest[0][0] == "LogitScore")
-        output = "logits" if logits else "last_hidden_state"
+        processing = file.get("processing_kwargs", dict, {})
+        own = processing.get("chat_template", {})
+        if set(processing) - {"chat_template"} or not isinstance(own, dict) or set(own) & NOT_VARIABLES:
+            file.refuse("processing_kwargs", "variables of the chat template alone")
+        scored = "none" if job != "reranker" else rest[0][0] if rest else "score"
+        task = {"LogitScore": "text-generation", "score": "sequence-classification"}.get(scored, "feature-extraction")
+        file.one_of("transformer_task", [task])
+        output = "last_hidden_state" if task == "feature-extraction" else "logits"
         modality = {"text": {"method": "forward", "method_output_name": output}}
         modality = file.get("modality_config", dict, modality)
         texts = "message" if job == "reranker" else "text"
@@ -231,7 +242,7 @@ class _Reader:
         name, folder = module
         if name != "Pooling":
             self._refuse_module("Pooling", name)
-        file = _File(self.directory / folder / "config.json")
+        file = _File(self.directory / folder / "config.json", required=True)
         file.only("embedding_dimension", "word_embedding_dimension", "pooling_mode", "include_prompt", *POOLINGS)
         for key in ("embedding_dimension", "word_embedding_dimension"):
             file.one_of(key, [self.config.get("hidden_size", int)])
@@ -250,11 +261,10 @@ class _Reader:
 
     def _mask(self, rest: list[tuple[str, str]]) -> dict[str, Any]:
         """Which tokens of a late-interaction checkpoint count."""
-        legacy = self.settings.data["model_type"] == "ColBERT"
-        marks = ("query_length", "document_length", "query_prefix", "document_prefix", "skiplist_words")
-        if (legacy or any(key in self.settings.data for key in marks)) and self.settings.data.get(
-            "do_query_expansion", True
-        ):
+        said = self.settings.data
+        legacy = said["model_type"] == "ColBERT"
+        off = said.get("do_query_expansion") is False or ("query_expansion" in said and not said["query_expansion"])
+        if (legacy or any(key in said for key in PYLATE)) and not off:
             self.settings.refuse("do_query_expansion", "false: queries are not filled up here")
         lengths = {}
         for key in ("query_length", "document_length"):
@@ -309,7 +319,7 @@ class _Reader:
             self.settings.refuse("default_prompt_name", f"one of {', '.join(prompts) or 'no prompts'}")
         common = self._template(prompts[default] or None if default else None)
         if [name for name, _ in rest] == ["LogitScore"]:
-            file = _File(self.directory / rest[0][1] / "config.json")
+            file = _File(self.directory / rest[0][1] / "config.json", required=True)
             file.only("true_token_id", "false_token_id", "module_input_name")
             file.one_of("module_input_name", ["causal_logits"])
             ids = [file.get(key, int) for key in ("true_token_id", "false_token_id")]
@@ -319,7 +329,7 @@ class _Reader:
                 self.settings.refuse("activation_fn", "Identity or Sigmoid: the score is a probability here")
             return {**common, "answers": tuple(i for i in ids if i is not None)}
         if not rest and self.classifier:
-            return common | self._labels()
+            return common | self._labels(common["template"])
         pooling = self._pooling(rest[0] if rest else ("nothing", ""))
         modules = self._after(rest[1:], "reranker", pooling["pooling"])
         if not modules or not isinstance(modules[-1], Dense):
@@ -331,10 +341,16 @@ class _Reader:
         """Of a checkpoint without modules.json: its head, and its template, if that has the roles of a pair."""
         source, _ = self._chat_template()
         own = source is not None and all(re.search(f"""["']{role}["']""", source) for role in ("query", "document"))
-        return (self._template(None) if own else {}) | (self._labels() if self.classifier else {})
+        found = self._template(None) if own else {}
+        return found | (self._labels(found.get("template", RERANKER)) if self.classifier else {})
 
-    def _labels(self) -> dict[str, Any]:
-        """The outputs of a sequence classification."""
+    def _labels(self, template: Template) -> dict[str, Any]:
+        """The outputs of a sequence classification, which transformers reads at the last token that is no padding."""
+        ending = template.suffix or template.body[-1]
+        if ending in FIELDS or ending.endswith(self._named_tokens().get("pad_token", EOS)):
+            raise CheckpointError(
+                f"{self.directory}: chat template: expected an end that is no padding, found {ending!r}"
+            )
         names = self.config.get("id2label", dict, {})
         count = self.config.positive("num_labels", len(names) or 2)
         if names and sorted(names) != sorted(map(str, range(count))):
@@ -377,17 +393,14 @@ class _Reader:
         source, path = self._chat_template()
         if source is None:
             raise CheckpointError(f"{self.directory}: expected chat_template.jinja, the template of pairs, found none")
-        processing = self.transformer.get("processing_kwargs", dict, {})
-        variables: dict[str, Any] = {"add_generation_prompt": False, **self._named_tokens()}
-        own = processing.get("chat_template", {})
-        if set(processing) - {"chat_template"} or not isinstance(own, dict) or set(own) & NOT_VARIABLES:
-            self.transformer.refuse("processing_kwargs", "variables of the chat template alone")
+        own = self.transformer.get("processing_kwargs", dict, {}).get("chat_template", {})
+        variables: dict[str, Any] = {"add_generation_prompt": False, **self._named_tokens(), **own}
         message = self.transformer.get("modality_config", dict, {}).get("message", {})
         form = message.get("format", "auto")
         if form not in ("auto", "flat", "structured"):
             self.transformer.refuse("modality_config", "a message's format of auto, flat or structured")
         structured = form == "structured" or (form == "auto" and any(sign in source for sign in STRUCTURED))
-        found = read_template(source, variables | own, instruction, structured=structured, where=str(path))
+        found = read_template(source, variables, instruction, structured=structured, where=str(path))
         return dict(zip(("template", "instruction"), found, strict=True))
 
     def _refuse_module(self, expected: str, found: str) -> NoReturn:
