@@ -188,7 +188,10 @@ def template(draw):
     )
     roles = [("query", draw(st.sampled_from(["<Query>: ", "Q:", ""]))), ("document", "<Document>: ")]
     roles = roles if draw(st.booleans()) else roles[::-1]
-    body = draw(gap).join(mark + content(role) for role, mark in roles)
+    parts = [part, *(mark + content(role) for role, mark in roles)]
+    if not draw(st.integers(0, 3)):
+        parts = parts[1:] + parts[:1]
+    body = parts[0] + draw(gap).join(parts[1:])
     judge = draw(st.sampled_from(["", "<|im_start|>system\nJudge.<|im_end|>\n", "{{ bos_token }}", "Relevant?\n"]))
     ends = [
         "<|im_end|>\n<|im_start|>assistant\n",
@@ -197,13 +200,14 @@ def template(draw):
         "<|im_end|>\n<think>\n\n</think>\n\n\n",
     ]
     end = draw(st.sampled_from([*ends, *ends, "\n<|im_end|>\n", ""]))
-    whole = judge + draw(st.sampled_from(["<|im_start|>user\n", ""])) + part + body + end
+    whole = judge + draw(st.sampled_from(["<|im_start|>user\n", ""])) + body + end
     return whole + draw(st.sampled_from(["", "{% if add_generation_prompt %}<think>{% endif %}"]))
 
 
 def reranker(draw, d):
     stored = prompts_of(draw)
     options = {"template": draw(st.sampled_from(sorted(layouts.TEMPLATES.values()))), "prompts": stored, **limits(draw)}
+    options |= {"do_lower_case": True} if rarely(draw, st.just(True)) else {}
     if draw(st.integers(0, 3)):
         options["template"] = template(draw)
     if stored and draw(st.booleans()):
