@@ -1,7 +1,7 @@
 """The architecture's numbers, read from a checkpoint's config.json under the names that it uses there."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,14 @@ _SUPPORTED: dict[str, tuple[tuple, str]] = {
     "auto_map": ((None, {}), " (the repository's own code may compute something else)"),
     "quantization": ((None, {}), " (mlx-lm serves MLX's format)"),
     "quantization_config": ((None, {}), " (vLLM serves quantised weights)"),
-}
-# The same of fields that are lists.
-_LISTS: dict[str, tuple[tuple, str]] = {
-    "layer_types": (("full_attention",), ""),
+    "layer_types": (("full_attention", None), ""),
     "architectures": (
-        ("Qwen3ForCausalLM", "Qwen3Model", "Qwen3ForSequenceClassification"),
+        ("Qwen3Model", "Qwen3ForCausalLM", "Qwen3ForSequenceClassification", None),
         " (no listwise reranker: several documents in one context)",
     ),
 }
+_LISTS = ("layer_types", "architectures")
 DTYPE_NAMES = ("float64", "float32", "bfloat16", "float16")
-_EXPECTED = {
-    int: "a positive integer",
-    float: "a positive number",
-    float | None: "a positive number",
-    bool: "true or false",
-    str | None: "text",
-}
 
 
 @dataclass(frozen=True)
@@ -53,8 +44,18 @@ class Yarn:
     mscale_all_dim: float | None = None
     truncate: bool = True
     """Whether the range of dimensions that are stretched in part is widened to whole numbers."""
-    rope_type: str | None = "yarn"
-    """Its name in config.json."""
+    rope_type: str = "yarn"
+
+
+# What a value of a field's type is.
+_KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    int: ("a positive integer", lambda x: type(x) is int and 0 < x < 2**63),
+    **dict.fromkeys((float, float | None), ("a positive number", lambda x: type(x) in (int, float) and 0 < x < 2**63)),
+    bool: ("true or false", lambda x: type(x) is bool),
+    str: ("'yarn'", lambda x: x == "yarn"),
+    str | None: (f"one of {', '.join(DTYPE_NAMES)}", lambda x: x in DTYPE_NAMES),
+    Yarn | None: ("YaRN", lambda x: type(x) is Yarn),
+}
 
 
 @dataclass(frozen=True)
@@ -103,92 +104,76 @@ class Qwen3Config:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], source: str = "config") -> "Qwen3Config":
         """Check a parsed config.json (transformers 4 or 5 spelling); ``source`` names it in errors."""
-        _refuse_other_arithmetic(data, source)
-        values = dict(data)
-        values["dtype"] = _one_of(source, {name: data.get(name) for name in ("dtype", "torch_dtype")})
-        values["rope_theta"], values["rope_scaling"] = _rope(data, source)
-        config = _read(cls, values, source)
-        if (found := data.get("use_bidirectional_attention")) not in (None, not config.is_causal):
-            raise CheckpointError(
-                f"{source}: use_bidirectional_attention: expected {not config.is_causal}, since is_causal is "
-                f"{config.is_causal} and transformers reads that alone for Qwen3, found {found!r:.200}"
-            )
-        if config.num_attention_heads % config.num_key_value_heads:
-            raise CheckpointError(
-                f"{source}: num_attention_heads: expected a multiple of num_key_value_heads "
-                f"({config.num_key_value_heads}), found {config.num_attention_heads}"
-            )
-        if config.head_dim % 2:
-            raise CheckpointError(f"{source}: head_dim: expected an even number, found {config.head_dim}")
-        if config.dtype not in (None, *DTYPE_NAMES):
-            raise CheckpointError(f"{source}: dtype: expected one of {', '.join(DTYPE_NAMES)}, found {config.dtype!r}")
+        for name, (supported, why) in _SUPPORTED.items():
+            found = data.get(name)
+            if any(x not in supported for x in (found if name in _LISTS and isinstance(found, list) else [found])):
+                expected = " or ".join(repr(x) for x in supported if x is not None)
+                found = found.get("quant_method", found) if isinstance(found, Mapping) else found
+                raise CheckpointError(f"{source}: {name}: expected {expected}{why}, found {found!r:.200}")
+        theta, rope = _rope(data, source)
+        dtype = _agreed(data, source, "dtype", "torch_dtype")
+        config = _read(cls, {**data, "dtype": dtype, "rope_theta": theta, "rope_scaling": rope}, source)
+        heads, shared, both_ways = config.num_attention_heads, config.num_key_value_heads, not config.is_causal
+        for name, right, expected in (
+            ("num_attention_heads", heads % shared == 0, f"a multiple of num_key_value_heads ({shared})"),
+            ("head_dim", config.head_dim % 2 == 0, "an even number"),
+            # transformers does not read it for Qwen3.
+            (
+                "use_bidirectional_attention",
+                data.get("use_bidirectional_attention") in (None, both_ways),
+                f"{both_ways}, since is_causal is {config.is_causal}",
+            ),
+        ):
+            if not right:
+                raise CheckpointError(f"{source}: {name}: expected {expected}, found {data[name]!r:.200}")
         return config
-
-
-def _refuse_other_arithmetic(data: Mapping[str, Any], source: str) -> None:
-    """Raise CheckpointError where config.json declares what is not computed here."""
-    for name, (supported, why) in _SUPPORTED.items():
-        if (found := data.get(name)) not in supported:
-            found = found.get("quant_method", found) if isinstance(found, Mapping) else found
-            raise CheckpointError(f"{source}: {name}: expected {supported[0]!r}{why}, found {found!r:.200}")
-    for name, (supported, why) in _LISTS.items():
-        found = data.get(name) or []
-        if not isinstance(found, list) or any(value not in supported for value in found):
-            expected = f"a list of {' or '.join(supported)}{why}"
-            raise CheckpointError(f"{source}: {name}: expected {expected}, found {found!r:.200}")
 
 
 def _rope(data: Mapping[str, Any], source: str) -> tuple[Any, Yarn | None]:
     """rope_theta and what stretches RoPE, in the spelling of transformers 4 (rope_scaling) or 5 (rope_parameters)."""
-    found = {name: rope for name in ("rope_scaling", "rope_parameters") if (rope := data.get(name))}
-    name, rope = next(iter(found.items()), ("rope_parameters", {}))
+    name = "rope_scaling" if data.get("rope_scaling") else "rope_parameters"
+    rope = _agreed(data, source, "rope_scaling", "rope_parameters") or {}
     if not isinstance(rope, Mapping):
         raise CheckpointError(f"{source}: {name}: expected the parameters of RoPE, found {rope!r:.200}")
-    _one_of(source, found)
-    values = dict(rope)
-    theta = _one_of(
-        source, {"rope_theta": data.get("rope_theta"), f"{name}.rope_theta": values.pop("rope_theta", None)}
-    )
-    rope_type = _one_of(source, {f"{name}.{key}": values.pop(key, None) for key in ("rope_type", "type")})
-    known = [field.name for field in fields(Yarn)] if rope_type == "yarn" else []
-    unknown = {key: value for key, value in values.items() if key not in known}
-    if unknown.pop("partial_rotary_factor", 1.0) != 1.0 or unknown or rope_type not in (None, "default", "yarn"):
+    said = {**data, **{f"{name}.{key}": value for key, value in rope.items()}}
+    theta = _agreed(said, source, "rope_theta", f"{name}.rope_theta")
+    rope_type = _agreed(said, source, f"{name}.rope_type", f"{name}.type") or "default"
+    known = ["rope_theta", "rope_type", "type", *(field.name for field in fields(Yarn) if rope_type == "yarn")]
+    others = {key: value for key, value in rope.items() if key not in known}
+    if rope_type not in ("default", "yarn") or others not in ({}, {"partial_rotary_factor": 1.0}):
         expected = "RoPE of rope_type 'default' or 'yarn' and no parameters but its own"
         raise CheckpointError(f"{source}: {name}: expected {expected}, found {rope!r:.200}")
-    if rope_type != "yarn":
+    if rope_type == "default":
         return theta, None
-    original = "original_max_position_embeddings"
-    said = _one_of(source, {original: data.get(original), f"{name}.{original}": values.get(original)})
-    values[original] = data.get("max_position_embeddings") if said is None else said
-    return theta, _read(Yarn, values, f"{source}: {name}")
+    key = "original_max_position_embeddings"
+    original = _agreed(said, source, key, f"{name}.{key}")
+    original = data.get("max_position_embeddings") if original is None else original
+    return theta, _read(Yarn, {**rope, key: original}, f"{source}: {name}")
 
 
-def _one_of(source: str, spellings: Mapping[str, Any]) -> Any:
-    """The one value among what several spellings of a field say, or None. Raises CheckpointError if they differ."""
-    found = {name: value for name, value in spellings.items() if value is not None}
-    value = next(iter(found.values()), None)
-    if any(other != value for other in found.values()):
-        text = ", ".join(f"{name}: {other!r:.200}" for name, other in found.items())
+def _agreed(data: Mapping[str, Any], source: str, *spellings: str) -> Any:
+    """What a field's spellings say, or None where none is there. Raises CheckpointError if they differ."""
+    found = {name: data[name] for name in spellings if data.get(name) not in (None, {})}
+    first, *others = found.values() or [None]
+    if any(other != first for other in others):
+        text = ", ".join(f"{name}: {value!r:.200}" for name, value in found.items())
         raise CheckpointError(f"{source}: expected spellings that agree, found {text}")
-    return value
+    return first
 
 
 def _read(cls: Any, values: Mapping[str, Any], source: str) -> Any:
     """A dataclass, its fields checked and taken from ``values``. Raises CheckpointError."""
-    numbers: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for field in fields(cls):
-        kind: Any = field.type
-        value: Any = values.get(field.name)
+        value = values.get(field.name)
+        expected, right = _KINDS[field.type]
         # To transformers, null is false: no value of a field that is true where it is absent.
-        absent = field.name not in values if kind is bool else value is None
-        if absent and field.default is not MISSING:
-            continue
-        number = kind in (int, float, float | None)
-        right = isinstance(value, int if kind is int else (int, float)) if number else isinstance(value, kind)
-        if not right or (number and (isinstance(value, bool) or not 0 < value < 2**63)):
-            raise CheckpointError(f"{source}: {field.name}: expected {_EXPECTED[kind]}, found {value!r:.200}")
-        numbers[field.name] = value
-    return cls(**numbers)
+        absent = field.name not in values if field.type is bool else value is None
+        if not absent or field.default is MISSING:
+            if not right(value):
+                raise CheckpointError(f"{source}: {field.name}: expected {expected}, found {value!r:.200}")
+            found[field.name] = value
+    return cls(**found)
 
 
 OFFICIAL_SIZES = {

@@ -376,7 +376,7 @@ CONFIGS = [
     ({"model_type": None}, ("model_type", "'qwen3'", "None")),
     ({"architectures": ["JinaForRanking"]}, ("architectures", "Qwen3Model", "listwise", "'JinaForRanking'")),
     ({"architectures": ["Qwen3Model", "Qwen3ForTokenClassification"]}, ("architectures", "TokenClassification")),
-    ({"architectures": "Qwen3Model"}, ("architectures", "'Qwen3Model'")),
+    ({"architectures": "JinaForRanking"}, ("architectures", "'JinaForRanking'")),
     ({"auto_map": {"AutoModel": "modeling.Mine"}}, ("auto_map", "own code", "'modeling.Mine'")),
     ({"quantization_config": {"quant_method": "awq", "bits": 4}}, ("quantization_config", "'awq'", "vLLM")),
     ({"quantization_config": {"load_in_8bit": True}}, ("quantization_config", "load_in_8bit", "vLLM")),
