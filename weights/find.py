@@ -6,10 +6,9 @@ And its files of weights: in the directory itself, in the folders of its modules
 import json
 import os
 import re
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from qwen3core.config import read_json
 from qwen3core.errors import CheckpointError, InputError
@@ -18,10 +17,11 @@ SHIPPED = ("tiny-embedding", "tiny-reranker")
 """Small trained checkpoints beside this file."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
+"""What is fetched of a hub id."""
 OTHER_FORMATS = {
-    **dict.fromkeys((".bin", ".pt", ".pth"), "a pickle, which runs code: convert it by transformers' save_pretrained"),
+    ".bin": "a pickle, which runs code: transformers' save_pretrained converts it",
     ".gguf": "GGUF, which llama.cpp serves",
-    ".h5": "TensorFlow's: convert it by transformers' save_pretrained",
     ".npz": "MLX's, which mlx-lm serves",
     ".onnx": "ONNX, which onnxruntime serves",
 }
@@ -41,54 +41,42 @@ def find(path_or_id: str | Path, *, revision: str | None = None) -> Path:
         return Path(name)
     if name in SHIPPED and revision is None:
         return Path(__file__).parent / name
-    if os.path.exists(name) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "/")):
+    if os.path.exists(name) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         found = "a file" if os.path.exists(name) else "nothing there"
         raise CheckpointError(
             f"{name}: expected a checkpoint directory, one of {', '.join(SHIPPED)}, or a hub id like owner/name, "
             f"found {found}"
         )
-    try:
-        cached = _snapshot(name, revision, local_files_only=True)
-        if _is_complete(cached):
-            return _one_meaning(name, cached)
-    except (LocalEntryNotFoundError, HFValidationError, CheckpointError):
-        pass  # not cached, or in part: fetch what is missing, or hear why not
-    try:
-        fetched = _snapshot(name, revision, local_files_only=False)
-    except Exception as error:  # the hub's client raises from several libraries
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{name}: expected a local directory, a cached or a reachable hub id, found none "
-            f"({type(error).__name__}: {reason})"
-        ) from error
-    return _one_meaning(name, fetched)
-
-
-def _snapshot(name: str, revision: str | None, *, local_files_only: bool) -> Path:
-    patterns = ["*.json", "*.safetensors", "*.jinja"]
-    return Path(
-        huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=patterns, local_files_only=local_files_only
-        )
-    )
-
-
-def _is_complete(directory: Path) -> bool:
-    """Whether a cached snapshot has every file that opening it needs. Raises CheckpointError."""
-    adapter = (directory / ADAPTER_CONFIG).exists()  # its tokenizer and its weights may be its base model's
-    files = [ADAPTER] if adapter else ["tokenizer.json", *weight_map(directory).values()]
-    dense = [f"{folder}/{SINGLE}" for folder, kind in module_folders(directory).items() if kind == "Dense"]
-    return all((directory / file).exists() for file in [*files, *dense])
-
-
-def _one_meaning(name: str, directory: Path) -> Path:
-    """The directory; CheckpointError for an adapter beside full weights, of which transformers makes two models."""
+    for cached in (True, False):
+        try:
+            directory = Path(
+                huggingface_hub.snapshot_download(
+                    name, revision=revision, allow_patterns=PATTERNS, local_files_only=cached
+                )
+            )
+            if not cached or _is_whole(directory):
+                break
+        except Exception as error:  # of several libraries
+            if not cached:
+                reason = str(error).strip().partition("\n")[0]
+                raise CheckpointError(
+                    f"{name}: expected a local directory, a cached or a reachable hub id, found none "
+                    f"({type(error).__name__}: {reason})"
+                ) from error
     if (directory / ADAPTER_CONFIG).exists() and has_weights(directory):
         raise CheckpointError(
             f"{name}: expected {SINGLE} or {ADAPTER_CONFIG}, found both: transformers adds the adapter of a hub id to "
             f"its base_model_name_or_path, that of a directory to the weights beside it; for these, open {directory}"
         )
     return directory
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether a cached snapshot has every file that opening it needs. Raises CheckpointError."""
+    adapter = (directory / ADAPTER_CONFIG).exists()  # its tokenizer and its weights may be its base model's
+    files = [ADAPTER] if adapter else ["tokenizer.json", *weight_map(directory).values()]
+    files += [f"{folder}/{SINGLE}" for folder, kind in module_folders(directory).items() if kind == "Dense"]
+    return all((directory / file).exists() for file in files)
 
 
 def base_directory(directory: str | Path) -> Path:
@@ -103,13 +91,9 @@ def base_directory(directory: str | Path) -> Path:
     if not file.exists() or has_weights(directory):
         return directory
     config = read_json(file)
-    name, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if not isinstance(name, str) or not isinstance(revision, str | None):
-        raise CheckpointError(
-            f"{file}: base_model_name_or_path, revision: expected text, found {name!r:.80}, {revision!r:.80}"
-        )
+    name = str(config.get("base_model_name_or_path"))
     try:
-        base = find(name, revision=None if os.path.isdir(name) else revision)
+        base = find(name, revision=None if os.path.isdir(name) else config.get("revision"))
     except CheckpointError as error:
         raise CheckpointError(f"{file}: base_model_name_or_path: {error}") from error
     if (base / ADAPTER_CONFIG).exists():
@@ -135,8 +119,7 @@ def weight_map(directory: Path) -> dict[str, str]:
     if not isinstance(mapped, dict) or not mapped:
         raise CheckpointError(f"{index}: weight_map: expected an object of tensor to file, found {mapped!r:.80}")
     for key, shard in mapped.items():
-        inside = isinstance(shard, str) and shard == PurePosixPath(shard).name == PureWindowsPath(shard).name
-        if not inside or not shard.endswith(".safetensors") or "\0" in shard:
+        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\:\0]+\.safetensors", shard):
             raise CheckpointError(
                 f"{index}: tensor {key!r}: expected the name of a .safetensors file in this directory, "
                 f"found {shard!r:.200}"
@@ -146,16 +129,12 @@ def weight_map(directory: Path) -> dict[str, str]:
 
 def other_weights(directory: Path) -> str:
     """Weights of formats that are not read, in the directory or its ``onnx``, in words; empty where there are none."""
-    files = sorted(path for pattern in ("*", "onnx/*") for path in directory.glob(pattern))
-    found = [f"{path.name} ({OTHER_FORMATS[path.suffix]})" for path in files if path.suffix in OTHER_FORMATS]
-    return ", ".join(found)
+    files = sorted([*directory.glob("*"), *directory.glob("onnx/*")])
+    return ", ".join(f"{path.name} ({OTHER_FORMATS[path.suffix]})" for path in files if path.suffix in OTHER_FORMATS)
 
 
 def module_folders(directory: Path) -> dict[str, str]:
-    """The folders that modules.json, of sentence-transformers, names, each once, and the class of module in each.
-
-    Raises CheckpointError.
-    """
+    """The folders that modules.json names, and the class of module in each. Raises CheckpointError."""
     listed = directory / "modules.json"
     try:
         modules = json.loads(listed.read_text("utf-8")) if listed.exists() else []
