@@ -225,7 +225,7 @@ CONFIGS: list[tuple[dict[str, object], tuple[str, ...]]] = [
     ({"an_option_of_the_future": 2}, ("an_option_of_the_future", "2")),
     ({"modules_to_save": "embed_tokens"}, ("modules_to_save", "'embed_tokens'")),
     ({"r": 8}, (".weight: expected matrices", "rank 8", "[4, ")),
-    ({"r": 0}, ("r: expected an integer",)),
+    ({"r": 0}, ("r, rank_pattern: expected a positive number", "0")),
     ({"lora_alpha": float("nan")}, ("lora_alpha", "nan")),
     ({"lora_alpha": "6"}, ("lora_alpha", "'6'")),
     ({"rank_pattern": {"q_proj": 5}}, (Q_PROJ, "rank 5")),

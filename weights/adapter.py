@@ -14,26 +14,25 @@ from safetensors import safe_open
 from torch import Tensor
 
 from qwen3core.config import read_json
-from qwen3core.errors import CheckpointError, InputError, check_int, check_number
+from qwen3core.errors import CheckpointError
 
-HONOURED = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"}
-"""Keys of ``adapter_config.json`` that decide the numbers."""
-OF_TRAINING = {
+FREE = {
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"),
     *("base_model_name_or_path", "revision", "peft_version", "task_type", "auto_mapping", "inference_mode"),
     # Which modules were adapted, the keys of the file say.
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("lora_dropout", "eva_config", "megatron_core", "qalora_group_size"),
 }
-"""Those that change no number of a trained adapter."""
+"""Keys of ``adapter_config.json`` that are read, or change no number of a trained adapter."""
 FIXED: dict[str, tuple] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
     # The others change the weights of the base model, too.
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
-"""Those with the only values that are honoured."""
+"""The only values of these keys that are honoured; of every other key, known or not, it is ``OFF``."""
 OFF: tuple = (None, False, {}, [])
-"""The only values of every other key, known or not: off."""
+PAIRS = (["lora_A", "lora_B"], ["lora_embedding_A", "lora_embedding_B"])
 _KEY = re.compile(
     r"base_model\.model\.(?:model\.)?(.+?)\.(weight|base_layer\.weight|lora_[AB]\.weight|lora_embedding_[AB])"
 )
@@ -49,14 +48,9 @@ class LowRank:
     up: str
     """Key of B [out, r]; of an embedding's [H, r]."""
     scale: float
+    shape: tuple[int, ...]
     transposed: bool
     """Whether ``B @ A`` is the change's transpose, as it is an embedding's."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the change."""
-        (_, columns), (rows, _) = (self.handle.get_slice(key).get_shape() for key in (self.down, self.up))
-        return (columns, rows) if self.transposed else (rows, columns)
 
     def add_to(self, weight: Tensor) -> Tensor:
         """The changed matrix, in float32, or the matrix's dtype where that is wider."""
@@ -89,43 +83,37 @@ def read_adapter(config_file: Path, file: Path, handle: safe_open) -> tuple[dict
         given[part] = key
     changes = {}
     for name, keys in pairs.items():
-        kinds = next(
-            (k for k in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")) if keys.keys() == set(k)), None
-        )
-        shapes = {kind: handle.get_slice(key).get_shape() for kind, key in keys.items()}
-        rank, alpha = (_by_pattern(config_file, config, key, name) for key in ("r", "lora_alpha"))
-        if (
-            kinds is None
-            or [len(shape) for shape in shapes.values()] != [2, 2]
-            or not (shapes[kinds[0]][0] == shapes[kinds[1]][1] == rank)
-        ):
-            raise CheckpointError(f"{file}: {name}: expected matrices A and B of rank {rank}, found {shapes}")
+        kinds = sorted(keys)
+        shapes = [handle.get_slice(keys[kind]).get_shape() for kind in kinds]
+        rank = _by_pattern(config_file, config, "r", "rank_pattern", name)
+        alpha = _by_pattern(config_file, config, "lora_alpha", "alpha_pattern", name)
+        if kinds not in PAIRS or (shapes[0][:-1], shapes[1][1:]) != ([rank], [rank]):
+            raise CheckpointError(f"{file}: {name}: expected matrices A and B of rank {rank}, found {kinds}, {shapes}")
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        changes[name] = LowRank(handle, keys[kinds[0]], keys[kinds[1]], scale, transposed=kinds[0] != "lora_A")
+        (down, up), transposed = (keys[kind] for kind in kinds), kinds == PAIRS[1]
+        shape = (shapes[1][0], shapes[0][1])
+        changes[name] = LowRank(handle, down, up, scale, shape[::-1] if transposed else shape, transposed)
     return replaced, changes
 
 
 def _read_config(file: Path) -> dict[str, Any]:
     """The adapter's config with peft's defaults; CheckpointError for what is not honoured."""
     config: dict[str, Any] = {"r": 8, "lora_alpha": 8, "peft_type": None, "modules_to_save": None} | read_json(file)
-    for key in config.keys() - HONOURED - OF_TRAINING:
+    for key in config.keys() - FREE:
         if config[key] not in (expected := FIXED.get(key, OFF)):
-            raise CheckpointError(
-                f"{file}: {key}: expected {' or '.join(map(repr, expected))}, found {config[key]!r:.200}"
-            )
-    saved = config["modules_to_save"]
-    if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+            text = " or ".join(map(repr, expected))
+            raise CheckpointError(f"{file}: {key}: expected {text}, found {config[key]!r:.200}")
+    saved = config["modules_to_save"] or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         raise CheckpointError(f"{file}: modules_to_save: expected a list of names, found {saved!r:.200}")
     return config
 
 
-def _by_pattern(file: Path, config: dict[str, Any], key: str, name: str) -> float:
-    """The rank ``r`` or the ``lora_alpha`` of one matrix, from the first pattern that matches it, else the common one.
+def _by_pattern(file: Path, config: dict[str, Any], key: str, where: str, name: str) -> float:
+    """The value of one matrix: of the first pattern that matches it, else the common one. Raises CheckpointError.
 
-    Raises CheckpointError, also where the match depends on a leading ``model.``, which the classes of transformers that
-    may open the adapter do not share.
+    A leading ``model.`` must not matter, since not all classes of transformers that may open the adapter have it.
     """
-    where = "rank_pattern" if key == "r" else "alpha_pattern"
     patterns, module = config.get(where) or {}, name.removesuffix(".weight")
     try:
         first, second = (
@@ -134,13 +122,9 @@ def _by_pattern(file: Path, config: dict[str, Any], key: str, name: str) -> floa
         )
     except (re.error, AttributeError) as error:
         raise CheckpointError(f"{file}: {where}: expected regular expressions, found {patterns!r:.200}") from error
-    try:
-        check_int(key, first, 1) if key == "r" else check_number(key, first, 0)
-    except InputError as error:
-        raise CheckpointError(f"{file}: {where}: {error}") from error
-    if first != second:
+    if type(first) not in (int, float) or not 0 < first < math.inf or first != second:
         raise CheckpointError(
-            f"{file}: {where}: expected one value for {module} with and without a leading 'model.', "
-            f"found {first} and {second}"
+            f"{file}: {key}, {where}: expected a positive number for {module}, the same with and without a leading "
+            f"'model.', found {first!r:.80} and {second!r:.80}"
         )
     return first
