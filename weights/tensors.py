@@ -47,15 +47,13 @@ class Tensors:
         self._folders = module_folders(self.directory)
         for folder in self._folders:
             file = self.directory / folder / SINGLE
-            if file.exists():
+            if file.exists() or other_weights(file.parent):
                 self._add(file, f"{folder}.")
-            elif others := other_weights(file.parent):
-                raise CheckpointError(f"{file}: expected a safetensors file, found {others}")
         if (self.directory / ADAPTER_CONFIG).exists():
-            self._adapt(read_json(base / "config.json").get("tie_word_embeddings") is True)
+            self._adapt(tied=read_json(base / "config.json").get("tie_word_embeddings") is True)
 
     def _add(self, file: Path, folder: str) -> None:
-        """Index a file; ``folder`` begins the names of a module's tensors."""
+        """Index a file; ``folder`` begins a module's names."""
         handle = _open(file)
         for key in handle.keys():  # noqa: SIM118 - not a dict
             name = folder + key if folder else key.removeprefix("model.")
@@ -66,11 +64,9 @@ class Tensors:
                 )
             self._where[name] = (file, key, handle)
 
-    def _adapt(self, tied: bool) -> None:
+    def _adapt(self, *, tied: bool) -> None:
         """Take up the tensors of the adapter, which are checked. tied: whether the base ties lm_head and embeddings."""
         file = self.directory / ADAPTER
-        if not file.exists() and (others := other_weights(self.directory)):
-            raise CheckpointError(f"{file}: expected a safetensors file, found {others}")
         handle = _open(file)
         replaced, self._low_rank = read_adapter(self.directory / ADAPTER_CONFIG, file, handle)
         if tied and {"embed_tokens.weight", "lm_head.weight"} & (replaced.keys() | self._low_rank.keys()):
@@ -127,7 +123,7 @@ class Tensors:
         """Raise CheckpointError unless the tensor is there, floating-point and of this shape."""
         self.dtype(name)
         if (found := self.shape(name)) != shape:
-            file, key, _ = self._locate(name)
+            file, key, _ = self._where[name]
             raise CheckpointError(f"{file}: tensor {key!r}: expected shape {list(shape)}, found {list(found)}")
 
     def check_none_left(self, expected: Container[str], *, decoder_only: bool = False) -> None:
@@ -135,13 +131,10 @@ class Tensors:
 
         decoder_only: so does what follows the decoder, a score head and the modules in folders.
         """
+        after = ("score.weight", *(f"{folder}." for folder in self._folders)) if decoder_only else ()
         for name, (file, key, _) in self._where.items():
-            unneeded = name == "lm_head.weight" or (decoder_only and self._follows_decoder(name))
-            if name not in expected and not unneeded:
+            if name not in expected and name != "lm_head.weight" and not name.startswith(after):
                 raise CheckpointError(f"{file}: unexpected tensor {key!r}")
-
-    def _follows_decoder(self, name: str) -> bool:
-        return name == "score.weight" or name.startswith(tuple(f"{folder}." for folder in self._folders))
 
     def _locate(self, name: str) -> tuple[Path, str, safe_open]:
         if name not in self._where:
@@ -152,7 +145,7 @@ class Tensors:
 
 def _open(file: Path) -> safe_open:
     if not os.path.isfile(file):
-        found = "something else" if os.path.exists(file) else "nothing"
+        found = "something else" if os.path.exists(file) else other_weights(file.parent) or "nothing"
         raise CheckpointError(f"{file}: expected a safetensors file, found {found}")
     try:
         return safe_open(file, framework="pt")
