@@ -30,15 +30,9 @@ def read_template(
 ) -> tuple[Template, str]:
     """The template that the jinja2 ``source`` is, and the instruction where a call gives none.
 
-    Args:
-        source: of the template.
-        variables: what it may use beside the messages.
-        instruction: the checkpoint's own; None where the template has it.
-        structured: whether a message's content is a list of parts, not a text.
-        where: names it in errors.
-
-    Raises:
-        CheckpointError: for a template that cannot be rendered, or is not such parts.
+    variables: what it may use beside the messages. instruction: the checkpoint's own; None where the template has it.
+    structured: whether a message's content is a list of parts, not a text. where: names it in errors.
+    Raises CheckpointError for a template that cannot be rendered, or is not such parts.
     """
     import jinja2  # not at the top: only a checkpoint with a template of its own takes the time
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -52,31 +46,30 @@ def read_template(
     environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
     environment.globals["raise_exception"] = raise_exception
 
-    def render(roles: tuple[str, ...], texts: tuple[str, ...]) -> str:
+    def render(texts: tuple[str, ...]) -> str:
         contents = [[{"type": "text", "text": text}] if structured else text for text in texts]
+        roles = ROLES[-len(texts) :]
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
-        return template.render(messages=messages, tools=None, documents=None, **variables)
+        return compiled.render(messages=messages, tools=None, documents=None, **variables)
 
-    def parts(roles: tuple[str, ...]) -> tuple[str, ...]:
-        marks, fields = (names[-len(roles) :] for names in (MARKS, FIELDS))
-        found = re.split(f"({'|'.join(map(re.escape, marks))})", render(roles, marks))
-        body = tuple(dict(zip(marks, fields, strict=True)).get(part, part) for part in found)
-        for probe in PROBES:
-            texts = probe[-len(roles) :]
-            expected = "".join(dict(zip(marks, texts, strict=True)).get(part, part) for part in found)
-            if not {*FIELDS[1:]} <= {*body} or len(found) > 7 or render(roles, texts) != expected:
-                raise CheckpointError(
-                    f"{where}: expected a template that puts instruction, query and document, as they are, between "
-                    f"fixed texts, found another: {''.join(body)!r:.300}"
-                )
-        return body
+    def parts(count: int) -> Template:
+        """The template of the last ``count`` roles."""
+        found = re.split(f"({'|'.join(map(re.escape, MARKS))})", render(MARKS[-count:]))
+        template = Template("", tuple(dict(zip(MARKS, FIELDS, strict=True)).get(part, part) for part in found), "")
+        whole = set(FIELDS[1:]) <= set(template.body) and len(found) <= 7
+        if not whole or any(render(probe[-count:]) != template.fill(*probe) for probe in PROBES):
+            raise CheckpointError(
+                f"{where}: expected a template that puts instruction, query and document, as they are, between fixed "
+                f"texts, found another: {''.join(template.body)!r:.300}"
+            )
+        return template
 
     try:
-        template = environment.from_string(source)
-        body = parts(ROLES)
+        compiled = environment.from_string(source)
+        full = parts(3)
         if instruction is not None:
-            return Template("", body, ""), instruction
-        without = parts(ROLES[1:])
+            return full, instruction
+        short = parts(2)
     except CheckpointError:
         raise
     except Exception as error:  # a template is code, and may fail in any way
@@ -84,9 +77,6 @@ def read_template(
             f"{where}: expected a template of query and document, found one that fails "
             f"({type(error).__name__}: {error})"
         ) from error
-    if FIELDS[0] in body:
-        at = body.index(FIELDS[0])
-        before, after, default = "".join(body[:at]), "".join(body[at + 1 :]), "".join(without)
-        if len(before + after) <= len(default) and default.startswith(before) and default.endswith(after):
-            return Template("", body, ""), default[len(before) : len(default) - len(after)]
-    return Template("", without, ""), ""
+    around = "".join("(.*)" if part == FIELDS[0] else re.escape(part) for part in full.body)
+    default = re.fullmatch(around, "".join(short.body), re.DOTALL)
+    return (full, default[1]) if default and FIELDS[0] in full.body else (short, "")
