@@ -5,11 +5,9 @@ A matrix W becomes ``W + scale * B @ A``, where scale is ``lora_alpha / r``, or 
 
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -32,32 +30,14 @@ FIXED: dict[str, tuple] = {
 }
 """The only values of these keys that are honoured; of every other key, known or not, it is ``OFF``."""
 OFF: tuple = (None, False, {}, [])
-PAIRS = (["lora_A", "lora_B"], ["lora_embedding_A", "lora_embedding_B"])
+LORA, EMBEDDING = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")
 _KEY = re.compile(
     r"base_model\.model\.(?:model\.)?(.+?)\.(weight|base_layer\.weight|lora_[AB]\.weight|lora_embedding_[AB])"
 )
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """What LoRA adds to one matrix; its two tensors are read when it is added."""
-
-    handle: safe_open
-    down: str
-    """Key of A [r, in]; of an embedding's [r, rows]."""
-    up: str
-    """Key of B [out, r]; of an embedding's [H, r]."""
-    scale: float
-    shape: tuple[int, ...]
-    transposed: bool
-    """Whether ``B @ A`` is the change's transpose, as it is an embedding's."""
-
-    def add_to(self, weight: Tensor) -> Tensor:
-        """The changed matrix, in float32, or the matrix's dtype where that is wider."""
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        down, up = (self.handle.get_tensor(key).to(exact) for key in (self.down, self.up))
-        left, right = (down.T, up.T) if self.transposed else (up, down)
-        return torch.addmm(weight.to(exact), left, right, alpha=self.scale)
+LowRank = tuple[Tensor, Tensor, float]
+"""[rows, r], [r, columns] and scale: what LoRA adds to a matrix is the product of the three."""
 
 
 def read_adapter(config_file: Path, file: Path, handle: safe_open) -> tuple[dict[str, str], dict[str, LowRank]]:
@@ -69,8 +49,7 @@ def read_adapter(config_file: Path, file: Path, handle: safe_open) -> tuple[dict
     replaced: dict[str, str] = {}
     pairs: dict[str, dict[str, str]] = {}
     for key in handle.keys():  # noqa: SIM118 - not a dict
-        found = _KEY.fullmatch(key)
-        module, kind = found.groups() if found else ("", "")
+        module, kind = match.groups() if (match := _KEY.fullmatch(key)) else ("", "")
         saved = kind == "weight" and module.endswith(tuple(config["modules_to_save"] or ()))  # as peft matches
         if kind.startswith("lora_"):
             given, part = pairs.setdefault(f"{module}.weight", {}), kind.removesuffix(".weight")
@@ -81,18 +60,19 @@ def read_adapter(config_file: Path, file: Path, handle: safe_open) -> tuple[dict
         if part in given:
             raise CheckpointError(f"{file}: tensor {key!r}: expected it once, found it also as {given[part]!r}")
         given[part] = key
-    changes = {}
+    changes: dict[str, LowRank] = {}
     for name, keys in pairs.items():
-        kinds = sorted(keys)
-        shapes = [handle.get_slice(keys[kind]).get_shape() for kind in kinds]
+        found = {kind: handle.get_tensor(keys[kind]) for kind in sorted(keys)}
+        shapes = [list(matrix.shape) for matrix in found.values()]
         rank = _by_pattern(config_file, config, "r", "rank_pattern", name)
         alpha = _by_pattern(config_file, config, "lora_alpha", "alpha_pattern", name)
-        if kinds not in PAIRS or (shapes[0][:-1], shapes[1][1:]) != ([rank], [rank]):
-            raise CheckpointError(f"{file}: {name}: expected matrices A and B of rank {rank}, found {kinds}, {shapes}")
+        if (*found,) not in (LORA, EMBEDDING) or (shapes[0][:-1], shapes[1][1:]) != ([rank], [rank]):
+            raise CheckpointError(
+                f"{file}: {name}: expected matrices A and B of rank {rank}, found {[*found]}, {shapes}"
+            )
+        a, b = found.values()
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        (down, up), transposed = (keys[kind] for kind in kinds), kinds == PAIRS[1]
-        shape = (shapes[1][0], shapes[0][1])
-        changes[name] = LowRank(handle, down, up, scale, shape[::-1] if transposed else shape, transposed)
+        changes[name] = (a.T, b.T, scale) if (*found,) == EMBEDDING else (b, a, scale)
     return replaced, changes
 
 

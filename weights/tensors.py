@@ -73,16 +73,20 @@ class Tensors:
             # As peft has it, which adapts one of the two and leaves the other as it was.
             self._where.setdefault("lm_head.weight", self._locate("embed_tokens.weight"))
         self._where |= {name: (file, key, handle) for name, key in replaced.items()}
-        for name, change in self._low_rank.items():
-            if change.shape != self.shape(name):
+        for name, (left, right, _) in self._low_rank.items():
+            if (found := (len(left), right.shape[1])) != self.shape(name):
                 raise CheckpointError(
-                    f"{file}: {name}: expected a change of shape {list(self.shape(name))}, found {list(change.shape)}"
+                    f"{file}: {name}: expected a change of shape {list(self.shape(name))}, found {list(found)}"
                 )
 
     def __getitem__(self, name: str) -> Tensor:
         _, key, handle = self._locate(name)
         weight = handle.get_tensor(key)
-        return self._low_rank[name].add_to(weight) if name in self._low_rank else weight
+        if name not in self._low_rank:
+            return weight
+        *matrices, scale = self._low_rank[name]
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        return torch.addmm(*(x.to(exact) for x in (weight, *matrices)), alpha=scale)
 
     def __contains__(self, name: object) -> bool:
         return name in self._where
