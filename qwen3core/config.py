@@ -114,15 +114,11 @@ class Qwen3Config:
         dtype = _agreed(data, source, "dtype", "torch_dtype")
         config = _read(cls, {**data, "dtype": dtype, "rope_theta": theta, "rope_scaling": rope}, source)
         heads, shared, both_ways = config.num_attention_heads, config.num_key_value_heads, not config.is_causal
+        said = data.get("use_bidirectional_attention")  # which transformers does not read for Qwen3
         for name, right, expected in (
             ("num_attention_heads", heads % shared == 0, f"a multiple of num_key_value_heads ({shared})"),
             ("head_dim", config.head_dim % 2 == 0, "an even number"),
-            # transformers does not read it for Qwen3.
-            (
-                "use_bidirectional_attention",
-                data.get("use_bidirectional_attention") in (None, both_ways),
-                f"{both_ways}, since is_causal is {config.is_causal}",
-            ),
+            ("use_bidirectional_attention", said in (None, both_ways), f"{both_ways}, as is_causal is {not both_ways}"),
         ):
             if not right:
                 raise CheckpointError(f"{source}: {name}: expected {expected}, found {data[name]!r:.200}")

@@ -133,10 +133,10 @@ CONTRADICTIONS: dict[str, dict[str, Any]] = {
         "rope_scaling": LONG,
         "original_max_position_embeddings": 4096,
     },
-    "use_bidirectional_attention: expected False, .* is_causal is True, found True": {
+    "use_bidirectional_attention: expected False, as is_causal is True, found True": {
         "use_bidirectional_attention": True
     },
-    "use_bidirectional_attention: expected True, .* is_causal is False, found False": {
+    "use_bidirectional_attention: expected True, as is_causal is False, found False": {
         "use_bidirectional_attention": False,
         "is_causal": False,
     },
