@@ -168,10 +168,11 @@ class Tokenizer:
         first, *body = template.body if template.body[0] not in FIELDS else ("", *template.body)
         *body, last = body if body[-1] not in FIELDS else (*body, "")
         start = max((match.end() for match in token.finditer(first)), default=0)
-        if last and not token.match(last):
+        after = body[-1] + last if body[-1] == FIELDS[0] else last  # which truncation leaves as it is
+        if after and not token.match(after):
             raise CheckpointError(
                 f"{self.path.parent}: chat template: expected a special token after the last of query and document, "
-                f"where truncation ends, found {last!r}"
+                f"where truncation ends, found {after!r}"
             )
         return Template(template.prefix + first[:start], (first[start:], *body), last + template.suffix)
 
