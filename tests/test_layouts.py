@@ -9,6 +9,7 @@ import json
 import warnings
 from functools import partial
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import layouts
@@ -277,7 +278,7 @@ HONOURED: dict[str, tuple[str, layouts.Change]] = {
 def written(bases_root: Path, name: str):
     """The directory of a row of HONOURED, and its truth."""
     kind, change = HONOURED[name]
-    directory = copy(bases_root, bases_root.parent / f"honoured {name}")
+    directory = copy(bases_root, Path(mkdtemp(dir=bases_root.parent)) / name)
     change(directory)
     return directory, layouts.TRUTH[kind](directory)
 
@@ -326,6 +327,9 @@ BROKEN_TEMPLATES = {
     "wrong syntax": "{% if %}",
     "raises": "{{ raise_exception('no roles query and document') }}",
     "unknown variable": "{{ date.today }}" + OFFICIAL,
+    "instruction at the end": OFFICIAL.replace("<Instruct>: {{ instruction", "<Instruct>: {{ ''").replace(
+        "{{ document_text }}", "{{ document_text }}{{ instruction }}"
+    ),
     "text without a special token at the end": OFFICIAL.replace("{{ document_text }}", "{{ document_text }} ###"),
 }
 
@@ -552,6 +556,7 @@ def test_refused(bases, tmp_path, name):
     assert [word for word in words if word not in message] == [], message
 
 
+@pytest.mark.filterwarnings("ignore:.*post_processor")
 def test_another_job_by_hand(bases, tmp_path):
     """The model cards' surroundings: those of a checkpoint that declares nothing."""
     embedder = copy(bases["embedding"], tmp_path / "embedder")
@@ -570,11 +575,12 @@ def test_another_job_by_hand(bases, tmp_path):
         with pytest.warns(UserWarning, match="modules.json"):
             assert layouts.difference(found, layouts.OURS[kind](bare)) == 0
     model = opened("reranker", embedder, job="reranker")
-    assert model.model.layout.job == "reranker"
+    assert model.layout.job == "reranker"
     truth = layouts.model_card_scores(embedder)
     assert layouts.difference(layouts.OURS["reranker"](embedder, job="reranker"), truth) <= SCORE_FP32
 
 
+@pytest.mark.filterwarnings("ignore:.*post_processor")
 def test_undeclared_opens_with_one_warning(bases, tmp_path):
     directory = copy(bases["reranker"], tmp_path / "base")
     for kind in ("embedding", "reranker"):
@@ -601,7 +607,7 @@ def test_labels_are_named(bases, tmp_path):
     for declared in (True, False):
         directory = copy(bases["reranker"], tmp_path / f"{declared}")
         classifier(directory, 3, declared=declared)
-        assert opened("reranker", directory).model.layout.labels == ("bad", "fair", "good")
+        assert opened("reranker", directory).layout.labels == ("bad", "fair", "good")
 
 
 def test_layout_is_shown(bases, tmp_path):

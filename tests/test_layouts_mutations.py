@@ -17,7 +17,7 @@ def declared(**wrong):
     """Read other values than the files have; functions change the right ones."""
 
     def plant(patch):
-        right = pretrained.Layout.from_directory
+        right = pretrained.read_layout
 
         def mutated(*args, **options):
             layout = right(*args, **options)
@@ -25,7 +25,7 @@ def declared(**wrong):
             assert any(getattr(layout, name) != value for name, value in values.items())
             return replace(layout, **values)
 
-        patch.setattr(pretrained.Layout, "from_directory", staticmethod(mutated))
+        patch.setattr(pretrained, "read_layout", mutated)
 
     return plant
 

@@ -23,9 +23,8 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 EXAMPLES = int(os.environ.get("LAYOUT_EXAMPLES", "100"))
-SHARES = {"embedding": 0.5, "reranker": 0.4, "late interaction": 0.1}
-HONOURED_AT_LEAST = 0.4
-"""Of the examples that sentence-transformers opens."""
+KINDS = {"embedding": (0.5, 0.6), "reranker": (0.4, 0.25), "late interaction": (0.1, 0.8)}
+"""Their shares of the examples, and the least share of each that is honoured, of those that the truth opens."""
 
 TEXT = st.sampled_from(
     [
@@ -253,12 +252,13 @@ def answer(question, directory, inputs, errors):
             return error
 
 
-@pytest.mark.parametrize("kind", SHARES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_same_numbers_or_a_refusal(bases, tmp_path, kind):
+    share, at_least = KINDS[kind]
     number, seen = count(), {"honoured": 0, "refused": 0}
 
     @settings(
-        max_examples=round(EXAMPLES * SHARES[kind]),
+        max_examples=round(EXAMPLES * share),
         derandomize=True,
         deadline=None,
         database=None,
@@ -288,4 +288,4 @@ def test_the_same_numbers_or_a_refusal(bases, tmp_path, kind):
         seen["honoured"] += 1
 
     every()
-    assert seen["honoured"] >= HONOURED_AT_LEAST * sum(seen.values()) > 0, seen
+    assert seen["honoured"] >= at_least * sum(seen.values()) > 0, seen
