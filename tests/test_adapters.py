@@ -27,6 +27,7 @@ transformers = pytest.importorskip("transformers")
 IDS = list(range(300, 320))
 Q_PROJ = "layers.0.self_attn.q_proj.weight"
 LORA_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+LORA_B = LORA_A.replace("lora_A", "lora_B")
 
 
 def checkpoint(directory: Path, kind: str = "Reranker", *, tied: bool = True) -> Path:
@@ -265,12 +266,13 @@ KEYS = {
         lambda t: t.update({LORA_A.replace("A.weight", "B.bias"): torch.ones(4)}),
         ("unexpected tensor", "bias"),
     ),
-    "A alone": (lambda t: t.pop(LORA_A.replace("lora_A", "lora_B")), (Q_PROJ, "A and B")),
+    "A alone": (lambda t: t.pop(LORA_B), (Q_PROJ, "A and B")),
     "twice": (
         lambda t: t.update({LORA_A.replace("model.model.", "model.", 1): t[LORA_A].clone()}),
         ("once", repr(LORA_A)),
     ),
     "other rank": (lambda t: t.update({LORA_A: t[LORA_A][:3].clone()}), (Q_PROJ, "rank 4", "[3, 64]")),
+    "other rank of B": (lambda t: t.update({LORA_B: t[LORA_B][:, :3].clone()}), (Q_PROJ, "rank 4", ", 3]]")),
     "one dimension": (lambda t: t.update({LORA_A: t[LORA_A][0].clone()}), (Q_PROJ, "rank 4", "[64]")),
     "other width": (lambda t: t.update({LORA_A: t[LORA_A][:, :60].clone()}), (Q_PROJ, "64]", "60]")),
     "other matrix": (
