@@ -44,10 +44,10 @@ from .weights.tensors import Tensors
 States = dict[str, dict[tuple[int, ...], Tensor]]
 """By point and by a text's ids, its rows."""
 Calls = list[tuple[str, list[Any]]]
-"""Methods that both sides have, and their inputs."""
+"""Methods that both implementations have, and their inputs."""
 Run = Callable[[str, list[Any]], Tensor]
 CLASSES = {"embedding": "SentenceTransformer", "reranker": "CrossEncoder", "late interaction": "MultiVectorEncoder"}
-RESULTS = {"embedding": "pooled", "reranker": "score", "late interaction": "token vectors"}
+RESULTS = {"embedding": "pooled", None: "score", "reranker": "score", "late interaction": "token vectors"}
 
 FP32_TOLERANCE = 1e-5
 """float32: largest relative difference of a layer; of vectors and scores the largest absolute one, over their largest
@@ -140,19 +140,19 @@ def parity(
 
     with nullcontext() if (directory / "adapter_config.json").exists() else _streamed(tensors, device):
         opened = (_sentence_transformers if declared else _transformers)(directory, ours, dtype)
-    sides = [_theirs(*opened, calls), _ours(ours, calls)]
+    results = [_theirs(*opened, calls), _ours(ours, calls)]
     del opened  # an output matrix of 8B takes 2.5 GB
     _stream(oracle, tensors, torch.float64, device)
-    sides.append(_ours(kind(oracle, ours.tokenizer, max_length=ours.max_length), calls))
+    results.append(_ours(kind(oracle, ours.tokenizer, max_length=ours.max_length), calls))
 
-    their_ids, our_ids, _ = (states["embed"].keys() for states, _ in sides)
+    their_ids, our_ids, _ = (states["embed"].keys() for states, _ in results)
     different = max(len(our_ids - their_ids), len(their_ids - our_ids))
     rows = [Row("token ids", different, different / len(their_ids), 0, 0, ok=different == 0)]
     if common := their_ids & our_ids:
-        for point in sides[0][0]:
-            at = (torch.cat([states[point][ids] for ids in common]) for states, _ in sides)
+        for point in results[0][0]:
+            at = (torch.cat([states[point][ids] for ids in common]) for states, _ in results)
             rows.append(_row(point, dtype, int8, *at))
-    rows.append(_row(RESULTS[layout.job or "reranker"], dtype, int8, *(result for _, result in sides)))
+    rows.append(_row(RESULTS[layout.job], dtype, int8, *(result for _, result in results)))
     precision = f"int8 against {dtype}" if int8 else dtype
     size = f"{sum(len(inputs) for _, inputs in calls)} texts, {sum(map(len, our_ids))} tokens"
     return Report(f"{Path(path_or_id).name}, {precision}, {size}, {device.type}, against {truth}", rows)
@@ -167,36 +167,29 @@ def _version(package: str) -> str:
 
 def _calls(kind: type[Pretrained], texts: Sequence[str] | None) -> Calls:
     """The texts, or a few real ones."""
-    documents = [*samples.DOCUMENTS, samples.LONG_DOCUMENT]
-    given = as_list("texts", texts) if texts else []
+    documents = as_list("texts", texts) if texts else [*samples.DOCUMENTS, samples.LONG_DOCUMENT]
     if kind is Reranker:
-        return [("predict", [(samples.QUERIES[1], document) for document in given or documents])]
-    return [("encode", given)] if given else [("encode_query", samples.QUERIES), ("encode_document", documents)]
+        return [("predict", [(samples.QUERIES[1], document) for document in documents])]
+    return [("encode", documents)] if texts else [("encode_query", samples.QUERIES), ("encode_document", documents)]
 
 
 def _row(point: str, dtype: torch.dtype, int8: bool, theirs: Tensor, ours: Tensor, oracle: Tensor) -> Row:
     if theirs.shape != ours.shape:
         return Row(point, math.inf, math.inf, math.inf, math.inf, ok=False)
     a, b, exact = theirs.double(), ours.double(), oracle.double()
-    difference = b - a
-    row = Row(
-        point,
-        max_abs=difference.abs().max().item(),
-        relative=(difference.norm() / a.norm()).item(),
-        error_transformers=((a - exact).norm() / exact.norm()).item(),
-        error_ours=((b - exact).norm() / exact.norm()).item(),
-        ok=False,
+    max_abs = (b - a).abs().max().item()
+    relative, error_theirs, error_ours = (
+        ((x - y).norm() / y.norm()).item() for x, y in ((b, a), (a, exact), (b, exact))
     )
     if int8:
-        ok = row.error_ours <= INT8_TOLERANCE
+        ok = error_ours <= INT8_TOLERANCE
     elif dtype in (torch.float32, torch.float64):
-        absolute = row.max_abs / max(1, a.abs().max().item())
-        ok = (absolute if point in RESULTS.values() else row.relative) <= FP32_TOLERANCE
+        absolute = max_abs / max(1, a.abs().max().item())
+        ok = (absolute if point in RESULTS.values() else relative) <= FP32_TOLERANCE
     else:
-        ratio = LOW_PRECISION_RATIO * (1 + 2 / a.numel() ** 0.5)
-        ok = row.error_ours <= ratio * row.error_transformers
-    finite = all(map(math.isfinite, (row.max_abs, row.error_transformers, row.error_ours)))
-    return Row(**{**vars(row), "ok": ok and finite})
+        ok = error_ours <= LOW_PRECISION_RATIO * (1 + 2 / a.numel() ** 0.5) * error_theirs
+    finite = all(map(math.isfinite, (max_abs, error_theirs, error_ours)))
+    return Row(point, max_abs, relative, error_theirs, error_ours, ok and finite)
 
 
 def _ours(pretrained: Any, calls: Calls) -> tuple[States, Tensor]:
@@ -213,8 +206,8 @@ def _ours(pretrained: Any, calls: Calls) -> tuple[States, Tensor]:
     def run() -> Tensor:
         if pretrained.model.layout.pooling or isinstance(pretrained, Reranker):
             return torch.cat([getattr(pretrained, method)(inputs, convert_to_tensor=True) for method, inputs in calls])
-        tasks = {"encode_query": "query", "encode_document": "document"}
-        return torch.cat([pretrained.encode_tokens(inputs, task=tasks.get(method)).vectors for method, inputs in calls])
+        tasks = ((method.partition("_")[2] or None, inputs) for method, inputs in calls)
+        return torch.cat([pretrained.encode_tokens(inputs, task=task).vectors for task, inputs in tasks])
 
     pretrained.model.hooks.append(record)
     run()
@@ -240,10 +233,8 @@ def _theirs(decoder: Any, run: Run, calls: Calls) -> tuple[States, Tensor]:
         states[name].update((ids, x[own]) for ids, own, x in zip(*batch, out, strict=True))
 
     decoder.forward = forward
-    modules = {"embed": decoder.embed_tokens}
-    modules |= {f"layers.{i}.resid_post": layer for i, layer in enumerate(decoder.layers)}
-    modules |= {"final_norm": decoder.norm}
-    for name, module in modules.items():
+    layers = {f"layers.{i}.resid_post": layer for i, layer in enumerate(decoder.layers)}
+    for name, module in {"embed": decoder.embed_tokens, **layers, "final_norm": decoder.norm}.items():
         module.register_forward_hook(lambda _, args, out, name=name: record(name, out))
     return states, torch.cat([run(*call) for call in calls])
 
@@ -273,8 +264,9 @@ def _transformers(directory: Path, ours: Any, dtype: torch.dtype) -> tuple[Any, 
     """The model cards' recipe."""
     transformers: Any = importlib.import_module("transformers")
     layout = ours.model.layout
-    heads = {"lm_head": "AutoModelForCausalLM", "score": "AutoModelForSequenceClassification"}
-    kind = heads[layout.score] if isinstance(ours, Reranker) else "AutoModel"
+    classes = {"lm_head": "AutoModelForCausalLM", "score": "AutoModelForSequenceClassification"}
+    kind = classes[layout.score] if isinstance(ours, Reranker) else "AutoModel"
+    options = {"logits_to_keep": 1} if kind == "AutoModelForCausalLM" else {}
     model = getattr(transformers, kind).from_pretrained(directory, dtype=dtype, local_files_only=True).to(ours.device)
     tokenizer = transformers.AutoTokenizer.from_pretrained(ours.tokenizer.path.parent, padding_side="left")
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -297,13 +289,13 @@ def _transformers(directory: Path, ours: Any, dtype: torch.dtype) -> tuple[Any, 
     @torch.no_grad()
     def run(method: str, inputs: list[Any]) -> Tensor:
         batch = tokenizer.pad({"input_ids": sequences(method, inputs)}, return_tensors="pt").to(ours.device)
+        out = model(**batch, use_cache=False, **options)
         if method != "predict":
-            return F.normalize(model(**batch, use_cache=False).last_hidden_state[:, -1], dim=1)
+            return F.normalize(out.last_hidden_state[:, -1], dim=1)
         if layout.score == "score":
-            scores = getattr(nn, layout.activation)()(model(**batch, use_cache=False).logits)
-            return scores.squeeze(1)
-        logits = model(**batch, use_cache=False, logits_to_keep=1).logits[:, -1]
-        return logits[:, tokenizer.convert_tokens_to_ids([YES, NO])].log_softmax(dim=1)[:, 0].exp()
+            return getattr(nn, layout.activation)()(out.logits).squeeze(1)
+        answers = tokenizer.convert_tokens_to_ids([YES, NO])
+        return out.logits[:, -1, answers].log_softmax(dim=1)[:, 0].exp()
 
     return model.base_model, run
 
@@ -330,8 +322,7 @@ def _stream(model: Any, tensors: Tensors, dtype: torch.dtype, device: torch.devi
 
     def read(name: str) -> Tensor:
         name = name.removeprefix("model.")
-        tied = name == "lm_head.weight" and name not in tensors
-        return tensors["embed_tokens.weight" if tied else name].to(device, dtype)
+        return tensors[name if name in tensors else "embed_tokens.weight"].to(device, dtype)  # a tied lm_head
 
     def absent(x: Tensor) -> Tensor:
         return torch.empty((), dtype=dtype, device=device).expand(x.shape)
