@@ -318,7 +318,10 @@ def embedding_truth(directory: Path, texts: list[str] = TEXTS) -> list[np.ndarra
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(directory), device="cpu", local_files_only=True)
-    unit = json.loads((directory / "modules.json").read_text("utf-8"))[-1]["type"].endswith(".Normalize")
+    names = [
+        module["type"].rpartition(".")[2] for module in json.loads((directory / "modules.json").read_text("utf-8"))
+    ]
+    unit = [name for name in names if name != "Dropout"][-1] == "Normalize"
     options: dict[str, Any] = {"normalize_embeddings": unit}
     plain, prompted = model.encode(texts, **options), model.encode(texts, prompt=PROMPT, **options)
     queries, documents = model.encode_query(texts, **options), model.encode_document(texts, **options)

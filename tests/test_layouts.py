@@ -189,6 +189,10 @@ HONOURED: dict[str, tuple[str, layouts.Change]] = {
     "do_lower_case": ("embedding", in_transformer(do_lower_case=True)),
     "sentence_bert_config.json of version 6": ("embedding", of_transformer(max_seq_length=30)),
     "truncate_dim": ("embedding", in_settings(truncate_dim=16)),
+    "truncate_dim, Normalize and Dropout": (
+        "embedding",
+        steps(chain(pooling(), NORMALIZE, ("Dropout", {"dropout": 0.5})), in_settings(truncate_dim=16)),
+    ),
     "truncate_dim, no Normalize": ("embedding", steps(chain(pooling("mean")), in_settings(truncate_dim=16))),
     "truncate_dim above the width": ("embedding", in_settings(truncate_dim=999)),
     **{
