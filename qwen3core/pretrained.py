@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .batch import PackedBatch, Prefix, pack
+from .config import read_json
 from .errors import CheckpointError, InputError, check_int, check_texts, warn
 from .forks import use_threads
 from .layout import LAST_TOKEN, Layout
@@ -306,6 +307,13 @@ def open_tokenizer(directory: Path, layout: Layout, *, split_special_tokens: boo
             f"{path}: expected a post_processor that closes texts by {EOS}, found none: it is appended here, as the "
             "official checkpoints do, and not in sentence-transformers"
         )
+    if layout.score == "score":  # which transformers reads at the last token that is no padding
+        padding = read_json(base_directory(directory) / "config.json").get("pad_token_id")
+        if not tokenizer.suffix or tokenizer.suffix[-1] == padding:
+            raise CheckpointError(
+                f"{directory}: chat template: expected an end other than padding (pad_token_id {padding}), "
+                f"found {tokenizer.template.suffix!r}"
+            )
     return tokenizer
 
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 from qwen3core.config import Qwen3Config, read_json
 from qwen3core.errors import CheckpointError, check_one_of
 from qwen3core.layout import Dense, Layout, Normalize
-from qwen3core.prompts import EOS, FIELDS, RERANKER, Template
+from qwen3core.prompts import EOS
 
 from .chat_template import read_template
 from .find import base_directory
@@ -329,7 +329,7 @@ class _Reader:
                 self.settings.refuse("activation_fn", "Identity or Sigmoid: the score is a probability here")
             return {**common, "answers": tuple(i for i in ids if i is not None)}
         if not rest and self.classifier:
-            return common | self._labels(common["template"])
+            return common | self._labels()
         pooling = self._pooling(rest[0] if rest else ("nothing", ""))
         modules = self._after(rest[1:], "reranker", pooling["pooling"])
         if not modules or not isinstance(modules[-1], Dense):
@@ -342,15 +342,10 @@ class _Reader:
         source, _ = self._chat_template()
         own = source is not None and all(re.search(f"""["']{role}["']""", source) for role in ("query", "document"))
         found = self._template(None) if own else {}
-        return found | (self._labels(found.get("template", RERANKER)) if self.classifier else {})
+        return found | (self._labels() if self.classifier else {})
 
-    def _labels(self, template: Template) -> dict[str, Any]:
-        """The outputs of a sequence classification, which transformers reads at the last token that is no padding."""
-        ending = template.suffix or template.body[-1]
-        if ending in FIELDS or ending.endswith(self._named_tokens().get("pad_token", EOS)):
-            raise CheckpointError(
-                f"{self.directory}: chat template: expected an end that is no padding, found {ending!r}"
-            )
+    def _labels(self) -> dict[str, Any]:
+        """The outputs of a sequence classification."""
         names = self.config.get("id2label", dict, {})
         count = self.config.positive("num_labels", len(names) or 2)
         if names and sorted(names) != sorted(map(str, range(count))):
