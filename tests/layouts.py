@@ -346,6 +346,7 @@ def reranker_truth(directory: Path, pairs: list[tuple[str, str]] = PAIRS) -> lis
 
     model = CrossEncoder(str(directory), device="cpu", local_files_only=True)
     options: dict[str, Any] = {"activation_fn": torch.nn.Sigmoid() if "LogitScore" in repr(model) else None}
+    options["batch_size"] = 1  # a score head reads padding where the tokenizer's pad_token is not config.json's
     return [model.predict(pairs, **options), model.predict(pairs, prompt=INSTRUCTION, **options)]
 
 

@@ -33,6 +33,7 @@ from layouts import (
     pooled_score,
     pooling,
     random,
+    token_id,
     weights,
     write,
 )
@@ -264,6 +265,10 @@ HONOURED: dict[str, tuple[str, layouts.Change]] = {
     "score head, 3 labels": ("reranker", lambda d: classifier(d, 3)),
     "score head, undeclared": ("reranker", partial(classifier, declared=False)),
     "score head, 3 labels, undeclared": ("reranker", lambda d: classifier(d, 3, declared=False)),
+    "score head, padded by another token": (
+        "reranker",
+        steps(classifier, edited("tokenizer_config.json", pad_token="<|im_end|>")),
+    ),
     "score head, bidirectional": ("reranker", steps(classifier, in_config(is_causal=False))),
     "Pooling and Dense": ("reranker", lambda d: pooled_score(d, pooling(), SCORE)),
     "Pooling and Dense, mean": ("reranker", lambda d: pooled_score(d, pooling("mean"), SCORE)),
@@ -521,6 +526,14 @@ REFUSED: dict[str, tuple[str, layouts.Change, list[str]]] = {
         "reranker",
         lambda d: classifier(d, template=OFFICIAL.rstrip() + "<|endoftext|>"),
         ["chat template", "padding"],
+    ),
+    "score head, padding at the end": (
+        "reranker",
+        steps(
+            partial(classifier, template=OFFICIAL + "<|fim_pad|>"),
+            lambda d: edit(d, "config.json", pad_token_id=token_id(d, "<|fim_pad|>")),
+        ),
+        ["chat template", "pad_token_id"],
     ),
     "names of labels": ("reranker", scored(id2label={"0": "a", "7": "b", "2": "c"}), ["id2label"]),
     "number of labels": ("reranker", scored(id2label={"0": "a"}, num_labels=1), ["score.weight"]),

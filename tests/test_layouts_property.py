@@ -196,6 +196,7 @@ def template(draw):
         "<|im_end|>\n<|im_start|>assistant\n",
         "<|im_end|>",
         "{{ eos_token }}\n",
+        "<|im_end|><|endoftext|>",
         "<|im_end|>\n<think>\n\n</think>\n\n\n",
     ]
     end = draw(st.sampled_from([*ends, *ends, "\n<|im_end|>\n", ""]))
@@ -225,6 +226,8 @@ def reranker(draw, d):
             weights(d, lambda tensors: tensors.update({"lm_head.weight": random(*shape, seed=1)}))
     elif head == "score":
         layouts.classifier(d, draw(st.integers(1, 3)), **options)
+        if rarely(draw, st.just(True)):
+            edit(d, "config.json", pad_token_id=layouts.token_id(d, draw(st.sampled_from(SPECIAL))))
     else:
         modes, module = pooled(draw)
         layouts.pooled_score(d, module, *after(draw, WIDTH * len(modes), draw(st.integers(1, 3))), **options)
