@@ -105,6 +105,8 @@ def attention_cases():
     for case, group, dtype, causal in itertools.product(ATTENTION, (1, 2, 4, 8), KERNEL_DTYPES, (True, False)):
         quick = case not in ("odd", "tiny") and (group == 2 or (case == "tile edges" and dtype == torch.float32))
         quick = quick and (causal or case in ("tile edges", "fewer queries"))
+        if not causal and group > 2 and not quick:  # without a mask, a group is only an index
+            continue
         marks = [] if quick else [pytest.mark.slow]
         if not isinstance(dtype, torch.dtype):
             (dtype,), marks = dtype.values, [*marks, *dtype.marks]
