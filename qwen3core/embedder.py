@@ -184,6 +184,8 @@ class Embedder(Pretrained):
     ) -> "TokenVectors":
         """One vector of unit length for every token of every text, for late interaction (ColBERT, arXiv:2004.12832).
 
+        Of a checkpoint that pools, they are the last hidden states, before any Dense.
+
         task: ``"query"`` or ``"document"``, whose prompt and length a checkpoint may declare; None counts as a document
         with the default prompt. Prompts are as in ``encode``. Raises InputError.
         """
@@ -204,8 +206,9 @@ class Embedder(Pretrained):
             show_progress_bar=show_progress_bar,
             skipped=[i for word in skipped if (i := self.tokenizer.backend.token_to_id(word)) is not None],
         )
-        width = layout.width(self.model.config.hidden_size) if layout.modules else self.model.config.hidden_size
-        vectors = torch.cat(rows) if rows else torch.empty(0, width)
+        hidden_size = self.model.config.hidden_size
+        width = hidden_size if layout.pooling else layout.width(hidden_size)
+        vectors = torch.cat(rows) if rows else torch.empty(0, width, device=self.device)
         return TokenVectors(vectors, build_cu_seqlens(map(len, rows)))
 
     def _prefix(self, prompt: str) -> tuple[int, ...]:

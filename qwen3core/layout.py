@@ -83,6 +83,6 @@ class Layout:
         return f"Layout({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def width(self, hidden_size: int) -> int:
-        """Length of the vectors."""
+        """Length of the vectors: of texts, or of late interaction's tokens."""
         sizes = [module.out_features for module in self.modules if isinstance(module, Dense)]
-        return sizes[-1] if sizes else hidden_size * len(self.pooling)
+        return sizes[-1] if sizes else hidden_size * max(1, len(self.pooling))

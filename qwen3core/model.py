@@ -114,8 +114,9 @@ class Qwen3Model(nn.Module):
         return self.ops.pool(self.norm(x, self.ops.rms_norm), rows, width, normalize)
 
     def tokens(self, batch: PackedBatch) -> Tensor:
-        """Every token's unit vector, through the layout's modules; [T, dim] float32, for late interaction."""
-        return F.normalize(self.pass_on(reference.at_least_float32(self(batch))), dim=-1)
+        """Every token's unit vector [T, dim] float32: through the layout's modules, where it is late interaction's."""
+        x = reference.at_least_float32(self(batch))
+        return F.normalize(x if self.layout.pooling else self.pass_on(x), dim=-1)
 
     def pass_on(self, x: Tensor) -> Tensor:
         """What the layout's modules make of vectors x [n, in]: [n, out] float32."""

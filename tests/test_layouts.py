@@ -661,3 +661,18 @@ def test_rewrite_carries_everything_over(bases, tmp_path):
 
     assert files(written_) == files(directory)
     assert layouts.difference(layouts.embedding_ours(written_), layouts.embedding_truth(directory)) <= EMBEDDING_FP32
+
+
+def test_tokens_of_a_checkpoint_that_pools(bases, tmp_path):
+    """The last hidden states, as sentence-transformers' token_embeddings, whatever follows the pooling."""
+    from sentence_transformers import SentenceTransformer
+
+    directory = copy(bases["embedding"], tmp_path / "pooled")
+    modules(directory, pooling(["mean", "lasttoken"]), dense(2 * WIDTH, 24))
+    model = SentenceTransformer(str(directory), device="cpu")
+    found = opened("embedding", directory).encode_tokens(layouts.TEXTS)
+    truth = model.encode(layouts.TEXTS, output_value="token_embeddings")
+    for mine, theirs in zip(found.vectors.split(found.lengths), truth, strict=True):
+        unit = theirs[-len(mine) :] / theirs[-len(mine) :].norm(dim=-1, keepdim=True)
+        assert (mine - unit).abs().max() <= EMBEDDING_FP32
+    assert opened("embedding", directory).encode_tokens([]).vectors.shape == (0, WIDTH)
