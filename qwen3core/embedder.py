@@ -101,7 +101,7 @@ class Embedder(Pretrained):
     def encode_document(self, inputs: Texts, **options: Any) -> Any:
         """``encode`` with the document prompt, which is empty for the official checkpoints."""
         if options.get("prompt") is None and options.get("prompt_name") is None:
-            options["prompt"] = self.prompts.get("document", "")
+            options["prompt"] = self._prompt("document")
         return self.encode(inputs, **options)
 
     @overload
@@ -156,9 +156,6 @@ class Embedder(Pretrained):
         elif layout.truncate_dim is not None:
             truncate_dim = min(layout.truncate_dim, width)
         prefix = self._prefix(prompt)
-        alone = [*prefix, *self.tokenizer.closing]  # sentence-transformers counts the prompt's tokens so
-        ending = self.tokenizer.backend.id_to_token(alone[-1]) if prompt else None
-        prompt_length = len(alone) - (ending in layout.special_tokens) if prompt else 0
         embeddings = self.run(
             [prompt + text if isinstance(text, str) else text for text in texts],
             [prefix] * len(texts),
@@ -167,7 +164,7 @@ class Embedder(Pretrained):
             show_progress_bar=show_progress_bar,
             dim=truncate_dim,
             normalize=normalize_embeddings,
-            prompt_length=0 if layout.include_prompt else prompt_length,
+            prompt_length=0 if layout.include_prompt or not prompt else self._prompt_length(prefix),
         )
         result = embeddings[0] if isinstance(inputs, str) else embeddings
         return result if convert_to_tensor else result.cpu().numpy()
@@ -193,7 +190,7 @@ class Embedder(Pretrained):
         layout = self.layout
         texts = [inputs] if isinstance(inputs, str) else as_list("inputs", inputs)
         if prompt is None:
-            prompt = self.prompts.get(task, "") if task and prompt_name is None else self._prompt(prompt_name)
+            prompt = self._prompt(task if prompt_name is None else prompt_name)
         limited = copy.copy(self)
         limits = {"query": layout.query_length, "document": layout.document_length}
         limited.max_length = limits.get(task or "") or self.max_length
@@ -217,13 +214,18 @@ class Embedder(Pretrained):
         [ids] = self.tokenizer.encode([prompt])
         return (*self.tokenizer.opening, *ids)
 
+    def _prompt_length(self, prefix: tuple[int, ...]) -> int:
+        """The tokens of a prompt by itself, as sentence-transformers counts those that are not pooled."""
+        alone = [*prefix, *self.tokenizer.closing]
+        return len(alone) - (self.tokenizer.backend.id_to_token(alone[-1]) in self.layout.special_tokens)
+
     def query_prompt(self, instruction: str | None = None) -> str:
         """The prompt of queries; of a task of one's own, in the words that the checkpoint's prompts have around theirs.
 
         Raises InputError where those have no place for one.
         """
         if instruction is None:
-            return self.prompts.get("query", "")
+            return self._prompt("query")
         before, _, after = EMBEDDING_QUERY.partition("{instruction}")
         prompts = [text for text in (self.prompts.get("query"), *self.prompts.values()) if text]
         own = [text for text in prompts if text.startswith(before) and after in text]

@@ -101,7 +101,7 @@ class Qwen3Model(nn.Module):
         normalize = self.layout.normalize if normalize is None else normalize
         if self.layout.modules:
             x = self._pooled(batch, None, False, prompt_length)
-            return _finished(self.pass_on(x), dim, normalize)
+            return reference.cut(self.pass_on(x), dim, normalize)
         return self._pooled(batch, dim, normalize, prompt_length)
 
     def _pooled(self, batch: PackedBatch, dim: int | None, normalize: bool, prompt_length: int) -> Tensor:
@@ -375,16 +375,11 @@ class DenseLayer(nn.Module):
         out = _activation(self.activation)(F.linear(x, self.linear.weight.to(x.dtype), bias))
         if not self.use_residual:
             return out
-        return out + (x if self.residual is None else F.linear(x, self.residual.weight.to(x.dtype)))
+        return out + (x if self.residual is None else reference.linear(x, self.residual.weight))
 
 
 def _activation(name: str) -> nn.Module:
     return getattr(nn, name)()
-
-
-def _finished(x: Tensor, dim: int | None, normalize: bool) -> Tensor:
-    x = x[:, :dim]
-    return F.normalize(x, dim=-1) if normalize else x
 
 
 def in_blocks(function: Callable[..., tuple[Tensor, ...]], size: int, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -168,11 +168,16 @@ def pool(
     operation that takes other modes than the last token has no shortcut.
     """
     if modes == ("lasttoken",) and not prompt_length:
-        pooled = at_least_float32(hidden_states[cu_seqlens[1:].long() - 1])[:, :dim]
+        pooled = at_least_float32(hidden_states[cu_seqlens[1:].long() - 1])
     else:
         rows = [pool_text(x, modes, prompt_length) for x in hidden_states.split(cu_seqlens.diff().tolist())]
-        pooled = torch.stack(rows)[:, :dim]
-    return F.normalize(pooled, dim=-1) if normalize else pooled
+        pooled = torch.stack(rows)
+    return cut(pooled, dim, normalize)
+
+
+def cut(x: Tensor, dim: int | None, normalize: bool) -> Tensor:
+    """The first ``dim`` components of vectors [N, H], all by default, then L2-normalised."""
+    return F.normalize(x[:, :dim], dim=-1) if normalize else x[:, :dim]
 
 
 def pool_text(hidden_states: Tensor, modes: tuple[str, ...], prompt_length: int) -> Tensor:
