@@ -4,10 +4,13 @@ Nothing is renamed: keys are parameter names, with or without a leading ``model.
 sentence-transformers begin with its folder. Other formats (pickled .bin, GGUF) are refused, since a pickle runs code.
 """
 
+import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -159,21 +162,37 @@ def _open(file: Path) -> safe_open:
         ) from error
 
 
-def rewrite(source: str | Path, directory: str | Path, tensor: Callable[[str], Tensor]) -> None:
-    """Write a checkpoint like ``source`` with other weights: same files, keys, shapes and dtypes; a shard in memory.
+def rewrite(
+    source: str | Path,
+    directory: str | Path,
+    tensor: Callable[[str], Tensor],
+    *,
+    layers: int | None = None,
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Write a checkpoint like ``source`` with other weights: same files, keys and dtypes; a shard in memory.
 
-    tensor: by parameter name. ``directory`` is made if need be; its files change only once all are written. Raises
-    InputError as ``check_rewritable``, and where a weight is not finite in the checkpoint's dtype; CheckpointError,
-    OSError.
+    tensor: by parameter name. layers: how many the decoder has, by default as many as in ``source``. changes: by the
+    name of a JSON file, values of its keys that are other ones. ``directory`` is made if need be; its files change only
+    once all are written. Raises InputError as ``check_rewritable``, and where a weight is not finite in the
+    checkpoint's dtype; CheckpointError, OSError.
     """
     source, directory = Path(source), Path(directory)
     check_rewritable(source, directory)
     tensors = Tensors(source)
     files = tensors.files()
     others = [path for path in beside_weights(source) if path not in files]
+    values = {name: dict(keys) for name, keys in (changes or {}).items()}
+    if layers is not None:
+        files = _with_layers(files, layers)
+        if (source / INDEX) in others:
+            values[INDEX] = {
+                "metadata": {},
+                "weight_map": {key: file.name for file, keys in files.items() for key in keys.values()},
+            }
     with writing_into(directory) as part:
         for file, keys in files.items():
-            shard = {key: tensor(name).to(tensors[name].dtype).contiguous() for name, key in keys.items()}
+            shard = {key: tensor(name).to(_stored_dtype(tensors, name)).contiguous() for name, key in keys.items()}
             for key, weight in shard.items():
                 if not weight.isfinite().all():
                     raise InputError(
@@ -184,6 +203,37 @@ def rewrite(source: str | Path, directory: str | Path, tensor: Callable[[str], T
             save_file(shard, place, metadata={"format": "pt"})
         for path in others:
             copy_within(source, path, part)
+        for name, changed in values.items():
+            found = read_json(part / name) if (part / name).exists() else {}
+            (part / name).write_text(json.dumps(found | changed, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _with_layers(files: Mapping[Path, Mapping[str, str]], count: int) -> dict[Path, dict[str, str]]:
+    """Of every file names and keys, as ``Tensors.files``, with ``count`` layers: new ones are named like layer 0."""
+    chosen: dict[Path, dict[str, str]] = {}
+    first: dict[str, str] = {}
+    last, found = next(iter(files)), 0
+    for file, keys in files.items():
+        for name, key in keys.items():
+            number = int(name.split(".")[1]) if name.startswith("layers.") else -1
+            if number == 0:
+                first[name] = key
+            if number >= found:
+                last, found = file, number + 1
+            if number < count:
+                chosen.setdefault(file, {})[name] = key
+    for i in range(found, count):
+        new = {
+            name.replace("layers.0.", f"layers.{i}."): key.replace("layers.0.", f"layers.{i}.")
+            for name, key in first.items()
+        }
+        chosen.setdefault(last, {}).update(new)
+    return chosen
+
+
+def _stored_dtype(tensors: Tensors, name: str) -> torch.dtype:
+    """The dtype of a tensor; of one in a new layer, of its like in layer 0."""
+    return tensors[name if name in tensors else re.sub(r"^layers\.\d+", "layers.0", name)].dtype
 
 
 def copy_within(source: Path, path: Path, directory: Path) -> None:
