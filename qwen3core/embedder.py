@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from .batch import PackedBatch, build_cu_seqlens
 from .errors import InputError, check_int, check_one_of, check_text, warn
 from .model import Qwen3Model
-from .pretrained import Pretrained
+from .pretrained import Pretrained, as_asked
 from .prompts import EMBEDDING_QUERY
 from .reading import as_list
 from .tokenizer import Tokenizer
@@ -32,6 +32,7 @@ class EncodeOptions(TypedDict, total=False):
     normalize_embeddings: bool | None
     batch_tokens: int | None
     show_progress_bar: bool | None
+    grad: bool
 
 
 class Embedder(Pretrained):
@@ -125,6 +126,7 @@ class Embedder(Pretrained):
         batch_tokens: int | None = None,
         convert_to_tensor: bool = False,
         show_progress_bar: bool | None = None,
+        grad: bool = False,
     ) -> Any:
         """Embed texts.
 
@@ -137,9 +139,10 @@ class Embedder(Pretrained):
             batch_tokens: most tokens of one batch.
             convert_to_tensor: return a tensor on the model's device in place of a numpy array.
             show_progress_bar: None shows it on a terminal.
+            grad: return a tensor with its graph; each text is then computed by itself, equal ones too.
 
         Returns:
-            [n, dim] float32; [dim] for one text.
+            [n, dim] float32; [dim] for one text. None where a capture stopped the model (``stop_at``).
 
         Raises:
             InputError: for what is not text, or an option that cannot be.
@@ -162,12 +165,12 @@ class Embedder(Pretrained):
             (truncate_dim or width,),
             batch_tokens=batch_tokens,
             show_progress_bar=show_progress_bar,
+            grad=grad,
             dim=truncate_dim,
             normalize=normalize_embeddings,
             prompt_length=0 if layout.include_prompt or not prompt else self._prompt_length(prefix),
         )
-        result = embeddings[0] if isinstance(inputs, str) else embeddings
-        return result if convert_to_tensor else result.cpu().numpy()
+        return as_asked(embeddings, single=isinstance(inputs, str), tensor=convert_to_tensor or grad)
 
     def encode_tokens(
         self,
@@ -178,13 +181,14 @@ class Embedder(Pretrained):
         prompt: str | None = None,
         batch_tokens: int | None = None,
         show_progress_bar: bool | None = None,
+        grad: bool = False,
     ) -> "TokenVectors":
         """One vector of unit length for every token of every text, for late interaction (ColBERT, arXiv:2004.12832).
 
         Of a checkpoint that pools, they are the last hidden states, before any Dense.
 
         task: ``"query"`` or ``"document"``, whose prompt and length a checkpoint may declare; None counts as a document
-        with the default prompt. Prompts are as in ``encode``. Raises InputError.
+        with the default prompt. Prompts and grad are as in ``encode``. Raises InputError.
         """
         check_one_of("task", task, (None, "query", "document"))
         layout = self.layout
@@ -195,18 +199,19 @@ class Embedder(Pretrained):
         limits = {"query": layout.query_length, "document": layout.document_length}
         limited.max_length = limits.get(task or "") or self.max_length
         skipped = () if task == "query" else layout.skiplist
-        rows: list[Tensor] = limited.run(
+        rows: list[Tensor] | None = limited.run(
             [prompt + text if isinstance(text, str) else text for text in texts],
             [()] * len(texts),
             None,
             batch_tokens=batch_tokens,
             show_progress_bar=show_progress_bar,
+            grad=grad,
             skipped=[i for word in skipped if (i := self.tokenizer.backend.token_to_id(word)) is not None],
         )
         hidden_size = self.model.config.hidden_size
         width = hidden_size if layout.pooling else layout.width(hidden_size)
         vectors = torch.cat(rows) if rows else torch.empty(0, width, device=self.device)
-        return TokenVectors(vectors, build_cu_seqlens(map(len, rows)))
+        return TokenVectors(vectors, build_cu_seqlens(map(len, rows or ())))  # none where a capture stopped the model
 
     def _prefix(self, prompt: str) -> tuple[int, ...]:
         """The ids that all texts of a prompt may begin with."""
@@ -246,6 +251,17 @@ class Embedder(Pretrained):
         if not isinstance(name, str) or name not in self.prompts:
             raise InputError(f"prompt_name: expected one of {', '.join(self.prompts)}, found {name!r}")
         return self.prompts[name]
+
+    def _declared(self) -> dict[str, dict[str, Any]]:
+        changed = {
+            name: value
+            for name, value, declared in (
+                ("prompts", self.prompts, dict(self.layout.prompts)),
+                ("default_prompt_name", self.default_prompt_name, self.layout.default_prompt_name),
+            )
+            if value != declared
+        }
+        return {"config_sentence_transformers.json": changed} if changed else {}
 
     def to_sequences(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer.embedding(texts, self.max_length)

@@ -1,11 +1,13 @@
 """Named points inside the model: ``capture`` records them, ``edit`` replaces them.
 
-    with capture(model, "layers.*.resid_post") as acts:
+    with capture(embedder, "layers.*.resid_post", "layers.3.pattern") as acts:
         embedder.encode(texts)
     acts["layers.3.resid_post"]             # [T, H], packed, in the order computed
-    acts.per_text("layers.3.resid_post")    # one [length, H] per text, in the caller's order
+    acts.per_text("layers.3.pattern")       # one [Hq, length, length] per text, in the caller's order
+    acts.at("layers.3.resid_post", text=1)  # [H], of text 1's last token
+    acts.tokens                             # the strings of each text's tokens
 
-    with edit(model, {"layers.3.attn_out": lambda x: 0 * x}):
+    with edit(embedder, {"layers.3.attn_out": lambda x: 0 * x}):    # or lambda x, where: ..., see Where and edits.py
         embedder.encode(texts)
 
 Both nest, in any mix: a point passes through them in the order in which they were entered, so an inner capture
@@ -15,53 +17,183 @@ Inside the block everything is computed, every text and token in every layer; a 
 does not need, and may differ in the last bits. Hooks belong to the model: calls of other threads pass through them too.
 """
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Protocol
+from functools import cached_property
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .batch import PackedBatch
-from .config import Qwen3Config
 from .errors import InputError
 
 POINTS = {
     "embed": "[T, H] token embeddings",
     "layers.{i}.resid_pre": "[T, H] residual stream into the layer",
     "layers.{i}.attn_norm": "[T, H] into attention, after input_layernorm",
+    "layers.{i}.q_pre": "[T, Hq, D] queries out of q_proj, before q_norm and RoPE",
+    "layers.{i}.k_pre": "[T, Hkv, D] keys out of k_proj, before k_norm and RoPE",
     "layers.{i}.q": "[T, Hq, D] queries after q_norm and RoPE",
     "layers.{i}.k": "[T, Hkv, D] keys after k_norm and RoPE",
     "layers.{i}.v": "[T, Hkv, D] values",
-    "layers.{i}.z": "[T, Hq, D] attention output per head, before o_proj",
+    "layers.{i}.scores": "[Hq, len_q, len_k] of one text: scaled products of q and k, -inf where masked",
+    "layers.{i}.pattern": "[Hq, len_q, len_k] of one text: softmax of scores, what multiplies v",
+    "layers.{i}.z": "[T, Hq, D] attention output per query head, before o_proj",
     "layers.{i}.attn_out": "[T, H] what attention adds to the residual stream",
     "layers.{i}.resid_mid": "[T, H] residual stream after attention",
     "layers.{i}.mlp_norm": "[T, H] into the MLP, after post_attention_layernorm",
+    "layers.{i}.gate": "[T, I] out of gate_proj",
+    "layers.{i}.up": "[T, I] out of up_proj",
     "layers.{i}.mlp_act": "[T, I] silu(gate) * up, into down_proj",
     "layers.{i}.mlp_out": "[T, H] what the MLP adds to the residual stream",
     "layers.{i}.resid_post": "[T, H] residual stream out of the layer",
     "final_norm": "[T, H] last hidden states, final norm applied",
     "pooled": "[N, dim] float32, one row per text: the embedding (before Dense), or the reranker's last hidden state",
+    "logit": "[N] float32, a reranker's score before the sigmoid; [N, labels] where it has several",
+    "score": "[N] float32, P(yes); [N, labels] where it has several",
 }
+"""Every point and its shape. TransformerLens has other names for some: its ``hook_q`` is ``q_pre`` here, ``hook_rot_q``
+``q``, ``hook_attn_scores`` ``scores``, ``hook_pattern`` ``pattern``, ``hook_pre`` ``gate``, ``hook_pre_linear`` ``up``,
+``hook_post`` ``mlp_act``.
+
+``scores`` and ``pattern`` are computed only where a pattern ends in their own name (``*`` does not ask for them):
+attention is then that of ``reference.py`` on the same q, k and v, whatever the ops, and z may differ in the last bits.
+"""
+
+TEXT_POINTS = ("pooled", "logit", "score")
+"""Points of one row per text."""
+PATTERN_POINTS = ("scores", "pattern")
+"""Points of one tensor per text, which grow by the square of its length."""
+
+X = TypeVar("X")
 
 
-class Hookable(Protocol):
-    """A model that passes its points through hooks: ``Qwen3Model``."""
+@dataclass(frozen=True)
+class Where:
+    """What the rows of a point's tensor are: of its first dimension, of ``scores`` and ``pattern`` the queries."""
 
-    config: Qwen3Config
-    hooks: list[Callable[[str, Tensor, PackedBatch], Tensor]]
+    name: str
+    """Of the point."""
+    batch: PackedBatch
+    sequence: int | None = None
+    """Of scores and pattern: which of the batch's sequences."""
+
+    @cached_property
+    def rows(self) -> dict[int, slice]:
+        """Each text's rows, by its index in the caller's list, in the order computed; shared prefixes are nobody's."""
+        indices, starts = self.batch.indices.tolist(), self.batch.text_cu_seqlens.tolist()
+        if self.sequence is not None:
+            number = self.sequence - (len(self.batch.cu_seqlens) - len(starts))
+            return {indices[number]: slice(0, starts[number + 1] - starts[number])} if number >= 0 else {}
+        if self.name in TEXT_POINTS:
+            return {index: slice(n, n + 1) for n, index in enumerate(indices)}
+        return {index: slice(*ends) for index, *ends in zip(indices, starts, starts[1:], strict=False)}
+
+    @cached_property
+    def texts(self) -> Tensor:
+        """[rows] int64: the index of each row's text in the caller's list, -1 for a shared prefix."""
+        texts = torch.full_like(self.positions, -1)
+        for index, rows in self.rows.items():
+            texts[rows] = index
+        return texts
+
+    @property
+    def positions(self) -> Tensor:
+        """[rows] int64: each row's position in its text, from 0, shared prefix included."""
+        return self.batch.position_ids[self._tokens]
+
+    @property
+    def input_ids(self) -> Tensor:
+        """[rows] int64: each row's token; where a row is a text's, its last."""
+        return self.batch.input_ids[self._tokens]
+
+    @property
+    def _tokens(self) -> Tensor | slice:
+        """The rows of the batch that these are."""
+        if self.sequence is not None:
+            return slice(*self.batch.cu_seqlens[self.sequence : self.sequence + 2].tolist())
+        return self.batch.last_token.queries if self.name in TEXT_POINTS else slice(None)
+
+    @property
+    def dim(self) -> int:
+        """The dimension of the tensor that has these rows."""
+        return 0 if self.sequence is None else 1
+
+    def numbers(self, text: int, positions: "Positions" = None) -> list[int]:
+        """The rows of one text at these positions, in the tensor. Raises InputError for one that is not there."""
+        rows = self.rows[text]
+        first, length = int(self.positions[rows.start]), rows.stop - rows.start
+        listed = several(positions)
+        if listed is None:
+            return list(range(rows.start, rows.stop))
+        wanted = [-1 if p == "last" else p for p in listed]
+        found = [p - first if p >= 0 else p + length for p in wanted if isinstance(p, int)]
+        if len(found) != len(wanted) or not all(0 <= n < length for n in found):
+            raise InputError(
+                f"positions: expected 'last', or numbers from {first} to {first + length - 1} or from {-length} to -1, "
+                f"of text {text}, found {positions!r}"
+            )
+        return [rows.start + n for n in found]
+
+
+Positions = int | str | Sequence[int | str] | None
+"""Tokens of a text: ``"last"``, a number or several, negative ones counted from the end, or None for all."""
+
+
+def several(positions: Positions) -> Sequence[int | str] | None:
+    """A list of positions, also from a single one; None stays None."""
+    return [positions] if isinstance(positions, int | str) else positions
+
+
+@dataclass(frozen=True, eq=False)
+class Hook:
+    """A function of a point's tensor; what it returns goes on in the tensor's place."""
+
+    points: frozenset[str]
+    """Full names."""
+    function: Callable[[Tensor, Where], Tensor]
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """A model's hooks in one forward pass: ``hook(name, x)`` is x, or what they made of it."""
+
+    active: Sequence[Hook]
+    batch: PackedBatch
+    prefix: str = ""
+    """What comes before each name."""
+
+    def __call__(self, name: str, x: Tensor, sequence: int | None = None) -> Tensor:
+        for hook in self.active:
+            if self.prefix + name in hook.points:
+                x = hook.function(x, Where(self.prefix + name, self.batch, sequence))
+        return x
+
+    def ask(self, names: Iterable[str]) -> bool:
+        """Whether one of these points is asked for."""
+        return bool(self.active) and any(self.prefix + name in hook.points for name in names for hook in self.active)
 
 
 class Activations(Mapping[str, Tensor]):
     """What a capture recorded, by point name."""
 
-    def __init__(self, names: list[str]) -> None:
-        self._records: dict[str, list[tuple[PackedBatch, Tensor]]] = {name: [] for name in names}
+    def __init__(self, names: Sequence[str], decode: Callable[[Sequence[int]], str] | None = None) -> None:
+        self._records: dict[str, list[tuple[Where, Tensor]]] = {name: [] for name in names}
+        self._decode = decode
 
     def __getitem__(self, name: str) -> Tensor:
-        """One point's tensor itself, or all passes concatenated in the order computed. Raises InputError if none."""
+        """One point's tensor itself, or all passes concatenated in the order computed. Raises InputError if none.
+
+        Of scores and pattern, the one text's; where there are several, ``per_text`` has them.
+        """
         passes = [x for _, x in self._passes(name)]
+        if len(passes) > 1 and name.endswith(PATTERN_POINTS):
+            raise InputError(f"{name!r}: expected one text, found {len(passes)}: per_text({name!r}) gives one by one")
         return passes[0] if len(passes) == 1 else torch.cat(passes)
 
     def __iter__(self) -> Iterator[str]:
@@ -74,69 +206,164 @@ class Activations(Mapping[str, Tensor]):
         return sum(1 for _ in self)
 
     def per_text(self, name: str) -> list[Tensor]:
-        """One tensor per text, in the order in which the texts were given; ``pooled`` gives one [dim] row each.
+        """One tensor per text, in the order in which the texts were given; of a point of one row per text, that row.
 
         Raises InputError where the capture saw more than one call (use one capture per call).
         """
-        texts: dict[int, Tensor] = {}
-        for batch, x in self._passes(name):
-            lengths = batch.cu_seqlens.diff().tolist()
-            parts = x.unbind(0) if name == "pooled" else x.split(lengths)[-len(batch.indices) :]
-            for index, part in zip(batch.indices.tolist(), parts, strict=True):
-                if index in texts:
-                    raise InputError(f"per_text({name!r}): expected one call in the capture, found text {index} twice")
-                texts[index] = part
-        return [texts[index] for index in sorted(texts)]
+        return _in_order(name, self._of_each(name))
 
-    def _passes(self, name: str) -> list[tuple[PackedBatch, Tensor]]:
+    def at(self, name: str, text: int = 0, position: Positions = "last") -> Tensor:
+        """One token's row of a point, [H] say; of scores and pattern, a query's [Hq, len_k]; of pooled, the text's.
+
+        text: index in the caller's list. position: in the text, negative ones from its end; a list of them, or None for
+        all, gives their rows, [positions, H]. Raises InputError.
+        """
+        for where, x in self._passes(name):
+            if text in where.rows:
+                numbers = where.numbers(text, "last" if name in TEXT_POINTS else position)
+                rows = x.index_select(where.dim, torch.tensor(numbers, device=x.device))
+                return rows.select(where.dim, 0) if isinstance(position, int | str) else rows
+        raise InputError(f"text: expected one of the capture's, found {text!r}")
+
+    @property
+    def tokens(self) -> list[list[str]]:
+        """The strings of each text's tokens. Raises InputError where the capture was of a model without tokenizer."""
+        if self._decode is None:
+            raise InputError("tokens: expected capture(embedder, ...) or capture(reranker, ...), found a bare model")
+        return [[self._decode([i]) for i in ids.tolist()] for ids in self.input_ids]
+
+    @property
+    def input_ids(self) -> list[Tensor]:
+        """Each text's tokens, [length] int64."""
+        return self._of_tokens(lambda where: where.input_ids)
+
+    @property
+    def positions(self) -> list[Tensor]:
+        """Each text's positions, [length] int64; from 0, unless it shares a prefix."""
+        return self._of_tokens(lambda where: where.positions)
+
+    def _of_tokens(self, values: Callable[[Where], Tensor]) -> list[Tensor]:
+        name = next(iter(self), "")
+        batches = {id(where.batch): where.batch for where, _ in self._passes(name)}.values()
+        everywhere = [Where("embed", batch) for batch in batches]
+        return _in_order(name, ((i, values(where)[rows]) for where in everywhere for i, rows in where.rows.items()))
+
+    def _of_each(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        for where, x in self._passes(name):
+            for text, rows in where.rows.items():
+                one = x if where.sequence is not None else x[rows]
+                yield text, one[0] if name in TEXT_POINTS else one
+
+    def _passes(self, name: str) -> list[tuple[Where, Tensor]]:
         if not self._records.get(name):
             raise InputError(f"point {name!r}: expected it in the capture, found {', '.join(self) or 'nothing'}")
         return self._records[name]
 
 
+def _in_order(name: str, texts: Iterable[tuple[int, X]]) -> list[X]:
+    """Values in the order of the texts' indices. Raises InputError where one comes twice."""
+    found: dict[int, X] = {}
+    for index, value in texts:
+        if index in found:
+            raise InputError(f"per_text({name!r}): expected one call in the capture, found text {index} twice")
+        found[index] = value
+    return [found[index] for index in sorted(found)]
+
+
+class Stopped(Exception):
+    """Raised at a capture's ``stop_at``; ``capture`` is the one that stops there."""
+
+    def __init__(self, capture: object) -> None:
+        self.capture = capture
+
+
 @contextmanager
-def capture(model: Hookable, *patterns: str) -> Iterator[Activations]:
+def capture(
+    of: Any,
+    *patterns: str,
+    stop_at: str | None = None,
+    into: Callable[[Activations], Any] | None = None,
+    detach: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Iterator[Activations]:
     """Record every point whose name matches a pattern (shell-style, ``*``), without copying or detaching.
 
     Args:
-        model: whose points; every call inside the block is recorded.
+        of: an Embedder, a Reranker, or a model; every call of it inside the block is recorded.
         patterns: names of ``POINTS``, or patterns of them.
+        stop_at: a point after which nothing is computed; ``encode`` and ``predict`` go through all batches and return
+            None, a call of the model itself ends the block. It need not be recorded.
+        into: a function that is given each batch's activations, once complete; none are held here then, so that any
+            number of texts passes in steady memory (``stream`` for more than fit in a list).
+        detach, device, dtype: how tensors are stored: without their graph, where, and as what.
 
     Yields:
         Tensors by name, in the shapes and the dtype of ``POINTS``; ``per_text`` splits them by text.
 
     Raises:
-        InputError: at once for a pattern that matches no point; at the end of the block for a point that was never
-            computed: the ops set fuses it away, or the model did not run.
+        InputError: at once for a pattern that matches no point; at the end of the block where no point of a pattern was
+            computed: the model did not run, or its operations or modules do not have that point.
 
     Example:
         >>> embedder = Embedder.from_pretrained("tiny-embedding")
-        >>> with capture(embedder.model, "layers.0.q") as acts:
+        >>> with capture(embedder, "layers.0.q", "layers.0.pattern") as acts:
         ...     vectors = embedder.encode(["gravity", "a violin"])
         >>> [x.shape[1:] for x in acts.per_text("layers.0.q")]
         [torch.Size([4, 64]), torch.Size([4, 64])]
+        >>> acts.tokens[1], acts.at("layers.0.pattern", text=1).shape
+        (['a', ' violin', '<|endoftext|>'], torch.Size([4, 3]))
     """
+    model, tokenizer = getattr(of, "model", of), getattr(of, "tokenizer", None)
     names = _matching(model, patterns)
-    acts = Activations(names)
+    if stop_at is not None:
+        [stop_at] = _matching(model, [stop_at])[stop_at]
+        if stop_at.endswith(PATTERN_POINTS):
+            raise InputError(f"stop_at: expected a point of all texts at once, such as z, found {stop_at!r}")
+    recorded = list(dict.fromkeys(chain.from_iterable(names.values())))
+    acts = held = Activations(recorded, tokenizer and tokenizer.decode)
+    of_batch: PackedBatch | None = None
+    computed: set[str] = set()
 
-    def record(name: str, x: Tensor, batch: PackedBatch) -> Tensor:
-        if name in acts._records:
-            acts._records[name].append((batch, x))
+    def hand_over() -> None:
+        nonlocal held
+        complete, held = held, Activations(recorded, acts._decode)
+        if into is not None and complete:
+            into(complete)
+
+    def record(x: Tensor, where: Where) -> Tensor:
+        nonlocal of_batch
+        if into is not None and of_batch is not where.batch:
+            hand_over()
+            of_batch = where.batch
+        computed.add(where.name)
+        if where.name in held._records:
+            stored = x.detach() if detach else x
+            held._records[where.name].append((where, stored.to(device or x.device, dtype or x.dtype)))
+        if where.name == stop_at:
+            raise Stopped(acts)
         return x
 
-    with _active(model, record):
-        yield acts
-    _require_computed(names, acts)
+    try:
+        with _active(model, Hook(frozenset([*recorded, stop_at or ""]), record)):
+            yield acts
+    except Stopped as stopped:
+        if stopped.capture is not acts:
+            raise
+    _require_computed(names, computed)
+    if into is not None:
+        hand_over()
 
 
 @contextmanager
-def edit(model: Hookable, edits: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+def edit(of: Any, edits: Mapping[str, Callable[..., Tensor]]) -> Iterator[None]:
     """Replace points while the block runs.
 
     Args:
-        model: whose points; every call inside the block is edited.
-        edits: by name or pattern of ``POINTS``, a function of the point's tensor that returns one of the same shape
-            and dtype. A point that several patterns match passes through each in turn.
+        of: an Embedder, a Reranker, or a model; every call of it inside the block is edited.
+        edits: by name or pattern of ``POINTS``, a function of the point's tensor, or of that and ``Where``, that
+            returns one of the same shape and dtype; ``edits.py`` has usual ones. A point that several patterns match
+            passes through each in turn.
 
     Raises:
         InputError: as ``capture`` does, and where a function returns anything else than asked.
@@ -144,34 +371,56 @@ def edit(model: Hookable, edits: Mapping[str, Callable[[Tensor], Tensor]]) -> It
     Example:
         >>> embedder = Embedder.from_pretrained("tiny-embedding")
         >>> before = embedder.encode("gravity")
-        >>> with edit(embedder.model, {"layers.2.mlp_out": lambda x: 0 * x}):
+        >>> with edit(embedder, {"layers.2.mlp_out": lambda x: 0 * x}):
         ...     after = embedder.encode("gravity")
         >>> bool((before == after).all())
         False
     """
-    functions: dict[str, list[Callable[[Tensor], Tensor]]] = {}
+    model = getattr(of, "model", of)
+    names = _matching(model, edits)
+    functions: dict[str, list[Callable[[Tensor, Where], Tensor]]] = {}
     for pattern, function in edits.items():
-        for name in _matching(model, [pattern]):
-            functions.setdefault(name, []).append(function)
-    seen = set()
+        for name in names[pattern]:
+            functions.setdefault(name, []).append(with_where(function))
+    computed: set[str] = set()
 
-    def replace(name: str, x: Tensor, batch: PackedBatch) -> Tensor:
-        for function in functions.get(name, ()):
-            seen.add(name)
-            new = function(x)
+    def replace(x: Tensor, where: Where) -> Tensor:
+        computed.add(where.name)
+        for function in functions[where.name]:
+            new = function(x, where)
             if not isinstance(new, Tensor) or (new.shape, new.dtype) != (x.shape, x.dtype):
                 found = f"{list(new.shape)} {new.dtype}" if isinstance(new, Tensor) else type(new).__name__
-                raise InputError(f"edit of {name!r}: expected {list(x.shape)} {x.dtype}, found {found}")
+                raise InputError(f"edit of {where.name!r}: expected {list(x.shape)} {x.dtype}, found {found}")
             x = new
         return x
 
-    with _active(model, replace):
+    with _active(model, Hook(frozenset(functions), replace)):
         yield
-    _require_computed(list(functions), seen)
+    _require_computed(names, computed)
+
+
+def by_head(of: Any, layer: int, z: Tensor) -> Tensor:
+    """What each query head adds to the residual stream: z [T, Hq, D] of a layer to [T, Hq, H], whose sum is attn_out.
+
+    of: an Embedder, a Reranker, or a model. A single row of z, [Hq, D], gives [Hq, H].
+    """
+    o_proj = getattr(of, "model", of).layers[layer].self_attn.o_proj
+    weight = o_proj.weight if o_proj.scale is None else o_proj.weight * o_proj.scale[:, None]
+    return torch.einsum("...hd,ohd->...ho", z, weight.to(z.dtype).unflatten(1, z.shape[-2:]))
+
+
+def with_where(function: Callable[..., Tensor]) -> Callable[[Tensor, Where], Tensor]:
+    """A function of (x, where), also from one of x alone: it is given ``where`` if it has a second argument to fill."""
+    try:
+        parameters = [*inspect.signature(function).parameters.values()]
+    except ValueError:  # of some built-in functions, which take x alone
+        parameters = []
+    wanted = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return function if len(wanted) > 1 else lambda x, where: function(x)
 
 
 @contextmanager
-def _active(model: Hookable, hook: Callable[[str, Tensor, PackedBatch], Tensor]) -> Iterator[None]:
+def _active(model: Any, hook: Hook) -> Iterator[None]:
     model.hooks.append(hook)
     try:
         yield
@@ -179,21 +428,28 @@ def _active(model: Hookable, hook: Callable[[str, Tensor, PackedBatch], Tensor])
         model.hooks.remove(hook)
 
 
-def _matching(model: Hookable, patterns: Sequence[str]) -> list[str]:
-    layers = range(model.config.num_hidden_layers)
+def _matching(model: Any, patterns: Iterable[str]) -> dict[str, list[str]]:
+    """The names that each pattern matches. Raises InputError for one that matches none."""
+    layers = range(len(model.layers))
     names = [n for p in POINTS for n in ([p.format(i=i) for i in layers] if "{i}" in p else [p])]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+    found = {pattern: [name for name in names if _matches(name, pattern)] for pattern in patterns}
+    for pattern, matched in found.items():
+        if not matched:
             raise InputError(
                 f"point {pattern!r}: expected a name or pattern of {', '.join(POINTS)} with i in 0..{len(layers) - 1}"
             )
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return found
 
 
-def _require_computed(names: list[str], computed: Container[str]) -> None:
-    missing = [name for name in names if name not in computed]
-    if missing:
-        raise InputError(
-            f"point {missing[0]!r}: expected it to be computed inside the block, found that it was not: "
-            "the model did not run, or its ops fuse this point away (ops='reference' computes all)"
-        )
+def _matches(name: str, pattern: str) -> bool:
+    _, _, point = name.rpartition(".")
+    return fnmatchcase(name, pattern) and (point not in PATTERN_POINTS or pattern.endswith(point))
+
+
+def _require_computed(names: Mapping[str, Sequence[str]], computed: Container[str]) -> None:
+    for pattern, matched in names.items():
+        if not any(name in computed for name in matched):
+            raise InputError(
+                f"point {pattern!r}: expected it to be computed inside the block, found that it was not: the model did "
+                "not run, or not to there, or has other modules or operations in its place"
+            )

@@ -2,6 +2,10 @@
 
 ``T`` packed tokens, ``H`` hidden size, ``Hq``/``Hkv`` query/key heads, ``D`` head dimension, ``I`` MLP width.
 Operations that a kernel may replace come from ``ops``; ``hook(name, x)`` returns x, or what an edit made of it.
+
+Layers and their parts may be replaced by assignment (``model.layers[3].mlp = mine``), and left out
+(``model.layers = model.layers[:12]``). A module that is not of this file's classes is called with x [T, H] alone, and
+no shortcut is taken around it unless ``reference.declare(row_wise=True)`` decorates its class.
 """
 
 import math
@@ -18,11 +22,10 @@ from . import reference
 from .batch import KeysValues, PackedBatch, VarlenLayout
 from .config import Qwen3Config, Yarn
 from .errors import InputError
+from .hooks import PATTERN_POINTS, Hook, Hooks
 from .layout import LAST_TOKEN, Dense, Layout, Normalize
-from .ops import Ops, resolve
-
-Hook = Callable[[str, Tensor, PackedBatch], Tensor]
-"""A function of a point's full name, its tensor and the batch; what it returns goes on in the tensor's place."""
+from .ops import Ops, call, resolve
+from .reference import allows, declare
 
 ROWS_PER_BLOCK = {"cpu": 1024}
 """Rows at a time through an MLP and the projections of q, k and v: a long text needs no more memory there than that."""
@@ -38,8 +41,8 @@ class Context:
     sin: Tensor
     block_rows: int
     """Rows at a time, where no row depends on another."""
-    hook: Callable[[str, Tensor], Tensor]
-    """A function of (point's name within the layer, tensor)."""
+    hook: Hooks
+    """Of the layer: ``hook(name, x)`` at each point."""
     keys_values: KeysValues | None = None
     """Where each layer adds its keys and values, if they are asked for."""
 
@@ -88,7 +91,7 @@ class Qwen3Model(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Last hidden states [T, H], final norm applied (transformers' ``last_hidden_state``), in the compute dtype."""
-        return self._hook(batch)("final_norm", self.norm(self.run_layers(batch), self.ops.rms_norm))
+        return self._hook(batch)("final_norm", _norm(self.norm, self.run_layers(batch), self.ops.rms_norm))
 
     def embed(
         self, batch: PackedBatch, *, dim: int | None = None, normalize: bool | None = None, prompt_length: int = 0
@@ -109,9 +112,9 @@ class Qwen3Model(nn.Module):
             return self.pool(self(batch), batch, dim=dim, normalize=normalize, prompt_length=prompt_length)
         x, rows = self.run_layers(batch, last_token=True), batch.last_token.cu_seqlens_q
         width = dim or self.config.hidden_size
-        if self.ops.norm_pool:
+        if self.ops.norm_pool and isinstance(self.norm, RMSNorm):
             return self.norm(x, self.ops.norm_pool, rows, width, normalize)
-        return self.ops.pool(self.norm(x, self.ops.rms_norm), rows, width, normalize)
+        return self.ops.pool(_norm(self.norm, x, self.ops.rms_norm), rows, width, normalize)
 
     def tokens(self, batch: PackedBatch) -> Tensor:
         """Every token's unit vector [T, dim] float32: through the layout's modules, where it is late interaction's."""
@@ -125,21 +128,24 @@ class Qwen3Model(nn.Module):
         return x
 
     def logits(self, batch: PackedBatch, weight: Tensor | None) -> Tensor:
-        """A reranker's raw scores [N, labels] float32, from ``score_weight``."""
+        """A reranker's raw scores [N] float32, before the sigmoid; [N, labels] where it has several.
+
+        weight: of ``score_weight``.
+        """
         pooled = self.embed(batch, normalize=False)
-        return pooled if weight is None else pooled @ weight.T.to(pooled.dtype)
+        logits = pooled if weight is None else pooled @ weight.T.to(pooled.dtype)
+        return self._hook(batch)("logit", logits[:, 0] if logits.shape[1] == 1 else logits)
 
     def scores(self, batch: PackedBatch, weight: Tensor | None) -> Tensor:
         """A reranker's scores: P(yes) [N] float32 of each text's pooled hidden state; [N, labels] where it has several.
 
         weight: of ``score_weight``.
         """
-        sigmoid = self.layout.activation == "Sigmoid"
-        if self.ops.norm_score and self.shortcuts and sigmoid and weight is not None and len(weight) == 1:
+        sigmoid, norm = self.layout.activation == "Sigmoid", isinstance(self.norm, RMSNorm)
+        if self.ops.norm_score and norm and sigmoid and weight is not None and len(weight) == 1 and self.shortcuts:
             x, rows = self.run_layers(batch, last_token=True), batch.last_token.cu_seqlens_q
             return self.norm(x, self.ops.norm_score, rows, weight[0])
-        scores = _activation(self.layout.activation)(self.logits(batch, weight))
-        return scores[:, 0] if scores.shape[1] == 1 else scores
+        return self._hook(batch)("score", _activation(self.layout.activation)(self.logits(batch, weight)))
 
     def score_weight(self, answers: Sequence[int]) -> Tensor | None:
         """The directions of a reranker's scores in the space of last hidden states, [labels, H] float32.
@@ -161,10 +167,16 @@ class Qwen3Model(nn.Module):
     def shortcuts(self) -> bool:
         """Whether rows may be left out or shared: by pruning, by shared and cached prefixes, by equal texts.
 
-        They may not while a hook is active, which must see every row, where the ops do not declare what it takes, or
-        where a token sees those after it, or the checkpoint pools more than the last.
+        They may not while a hook is active, which must see every row, where an operation or a module does not declare
+        what it takes, or where a token sees those after it, or the checkpoint pools more than the last.
         """
-        return not self.hooks and self.ops.shortcuts and self.config.is_causal and self._pools_last_token
+        usual = self.config.is_causal and self._pools_last_token
+        return not self.hooks and usual and self.ops.shortcuts and self.row_wise
+
+    @property
+    def row_wise(self) -> bool:
+        """Whether all modules are this file's, or declared to be row-wise."""
+        return _row_wise(self.norm) and all(map(_row_wise, self.layers))
 
     def run_layers(
         self, batch: PackedBatch, *, last_token: bool = False, keys_values: KeysValues | None = None
@@ -181,19 +193,23 @@ class Qwen3Model(nn.Module):
         """
         if batch.shares_prefixes and not self.config.is_causal:
             raise InputError("pack: prefixes: expected a causal model, found is_causal false")
-        if batch.shares_prefixes and not self.ops.shortcuts:
-            raise InputError(f"pack: prefixes: expected ops that declare what sharing takes, found {self.ops}")
+        if batch.shares_prefixes and not (self.ops.shortcuts and self.row_wise):
+            found = self.ops if self.row_wise else "modules of one's own that do not"
+            raise InputError(f"pack: prefixes: expected ops and modules that declare what sharing takes, found {found}")
         x = self.embed_tokens(batch.input_ids)
         x = self._hook(batch)("embed", x.to(self.dtype or x.dtype))
         cos, sin = rope_cos_sin(batch.position_ids, self.config, x.dtype)
         # Fused, the point between add and norm could not be edited.
         ops = replace(self.ops, add_rms_norm=None) if self.hooks else self.ops
-        blocks = ops.row_wise and not self.hooks
+        blocks = ops.row_wise and not self.hooks and self.row_wise
         block_rows = ROWS_PER_BLOCK.get(x.device.type, 16384) if blocks else len(x)
         for i, layer in enumerate(self.layers):
             layout = batch.last_token if last_token and i == len(self.layers) - 1 else batch.full
-            context = Context(ops, cos, sin, block_rows, self._hook(batch, f"layers.{i}."), keys_values)
-            x = layer(x, layout, context, batch.prefix_kv[i] if batch.prefix_kv else None)
+            hook = self._hook(batch, f"layers.{i}.")
+            context = Context(ops, cos, sin, block_rows, hook, keys_values)
+            rest = (layout, context, batch.prefix_kv[i] if batch.prefix_kv else None)
+            x = hook("resid_pre", x)
+            x = hook("resid_post", layer(x, *rest) if isinstance(layer, DecoderLayer) else layer(x))
         return x
 
     def keys_values(self, batch: PackedBatch) -> KeysValues:
@@ -217,7 +233,7 @@ class Qwen3Model(nn.Module):
             raise InputError(f"pack: prefixes: expected none where {', '.join(modes)} is pooled, found some")
         other = {} if self._pools_last_token else {"modes": modes, "prompt_length": prompt_length}
         width = dim or self.config.hidden_size * len(modes)
-        pooled = self.ops.pool(hidden_states, batch.text_cu_seqlens, width, normalize, **other)
+        pooled = call(self.ops.pool, hidden_states, batch.text_cu_seqlens, width, normalize, **other)
         return self._hook(batch)("pooled", pooled)
 
     @property
@@ -230,17 +246,8 @@ class Qwen3Model(nn.Module):
         weight = self.get_parameter(self.lm_head_name)
         return torch.stack([weight[i] for i in token_ids])  # an index tensor would make a GPU wait
 
-    def _hook(self, batch: PackedBatch, prefix: str = "") -> Callable[[str, Tensor], Tensor]:
-        """A function of (name below prefix, tensor) that passes the tensor through every active hook."""
-        if not self.hooks:
-            return _identity
-
-        def hook(name: str, x: Tensor) -> Tensor:
-            for function in self.hooks:
-                x = function(prefix + name, x, batch)
-            return x
-
-        return hook
+    def _hook(self, batch: PackedBatch, prefix: str = "") -> Hooks:
+        return Hooks(self.hooks, batch, prefix)
 
     def extra_repr(self) -> str:
         return f"{self.config},\n{self.ops}"
@@ -258,20 +265,23 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, layout: VarlenLayout, context: Context, prefix_kv: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """The residual stream [T, H] into the layer to that out of it [Tq, H], of the rows ``layout.queries``."""
-        x = context.hook("resid_pre", x)
-        attn_norm = context.hook("attn_norm", self.input_layernorm(x, context.ops.rms_norm))
-        attn_out = context.hook("attn_out", self.self_attn(attn_norm, layout, context, prefix_kv))
+        attn_norm = context.hook("attn_norm", _norm(self.input_layernorm, x, context.ops.rms_norm))
+        rest = (layout, context, prefix_kv)
+        attn_out = (
+            self.self_attn(attn_norm, *rest) if isinstance(self.self_attn, Attention) else self.self_attn(attn_norm)
+        )
+        attn_out = context.hook("attn_out", attn_out)
         x, mlp_norm = self.add_and_norm(x[layout.queries], attn_out, context)
-        mlp_out = context.hook("mlp_out", self.mlp(mlp_norm, context))
-        return context.hook("resid_post", x + mlp_out)
+        mlp_out = self.mlp(mlp_norm, context) if isinstance(self.mlp, MLP) else self.mlp(mlp_norm)
+        return x + context.hook("mlp_out", mlp_out)
 
     def add_and_norm(self, x: Tensor, attn_out: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """The residual stream after attention, and its norm, which the MLP reads; one operation where ops fuse them."""
-        if context.ops.add_rms_norm:
+        if context.ops.add_rms_norm and isinstance(self.post_attention_layernorm, RMSNorm):
             mlp_norm, x = self.post_attention_layernorm(x, context.ops.add_rms_norm, attn_out)
         else:
             x = context.hook("resid_mid", x + attn_out)
-            mlp_norm = self.post_attention_layernorm(x, context.ops.rms_norm)
+            mlp_norm = _norm(self.post_attention_layernorm, x, context.ops.rms_norm)
         return x, context.hook("mlp_norm", mlp_norm)
 
 
@@ -279,7 +289,7 @@ class Attention(nn.Module):
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.options = {} if config.is_causal else {"causal": False}
+        self.options: dict[str, Any] = {} if config.is_causal else {"causal": False}
         """Nothing where causal, so that an attention of one's own need not take ``causal``."""
         q_size = config.num_attention_heads * self.head_dim
         kv_size = config.num_key_value_heads * self.head_dim
@@ -299,8 +309,12 @@ class Attention(nn.Module):
             context.keys_values.append((k, v))
         if prefix_kv:
             k, v = (torch.cat(pair) for pair in zip(prefix_kv, (k, v), strict=True))
+        attention, options = context.ops.attention, self.options
+        if context.hook.ask(PATTERN_POINTS):  # which no fast attention has
+            attention = reference.attention if allows(attention).causal else attention
+            options = {**options, "hook": context.hook}
         lengths = (layout.cu_seqlens_q, layout.cu_seqlens_k, layout.max_seqlen_q, layout.max_seqlen_k)
-        z = context.ops.attention(q[layout.queries], k[layout.keys], v[layout.keys], *lengths, **self.options)
+        z = call(attention, q[layout.queries], k[layout.keys], v[layout.keys], *lengths, **options)
         return self.o_proj(context.hook("z", z).flatten(-2), context.ops.linear)
 
     def qkv(self, context: Context, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -308,13 +322,14 @@ class Attention(nn.Module):
         ops, hook = context.ops, context.hook
         projections = (self.q_proj, self.k_proj, self.v_proj)
         q, k, v = (projection(x, ops.linear).unflatten(-1, (-1, self.head_dim)) for projection in projections)
-        if ops.qk_norm_rope:
+        q, k, v = hook("q_pre", q), hook("k_pre", k), hook("v", v)
+        if ops.qk_norm_rope and isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
             weights = (norm.weight.to(q.dtype) for norm in (self.q_norm, self.k_norm))
             q, k = ops.qk_norm_rope(q, k, *weights, self.q_norm.eps, cos, sin)
         else:
-            q = ops.rope(self.q_norm(q, ops.rms_norm), cos, sin)
-            k = ops.rope(self.k_norm(k, ops.rms_norm), cos, sin)
-        return hook("q", q), hook("k", k), hook("v", v)
+            q = ops.rope(_norm(self.q_norm, q, ops.rms_norm), cos, sin)
+            k = ops.rope(_norm(self.k_norm, k, ops.rms_norm), cos, sin)
+        return hook("q", q), hook("k", k), v
 
 
 class MLP(nn.Module):
@@ -327,10 +342,12 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         if len(x) > context.block_rows:
             return torch.cat([self(rows, context) for rows in x.split(context.block_rows)])
-        gate, up = self.gate_proj(x, context.ops.linear), self.up_proj(x, context.ops.linear)
+        gate = context.hook("gate", self.gate_proj(x, context.ops.linear))
+        up = context.hook("up", self.up_proj(x, context.ops.linear))
         return self.down_proj(context.hook("mlp_act", context.ops.swiglu(gate, up)), context.ops.linear)
 
 
+@declare(row_wise=True)
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -342,6 +359,7 @@ class RMSNorm(nn.Module):
         return op(x, self.weight.to(x.dtype), self.eps, *args)
 
 
+@declare(row_wise=True)
 class Linear(nn.Linear):
     scale: Tensor | None
     """[out] float32, once the weight is int8."""
@@ -376,6 +394,17 @@ class DenseLayer(nn.Module):
         if not self.use_residual:
             return out
         return out + (x if self.residual is None else reference.linear(x, self.residual.weight))
+
+
+def _norm(norm: nn.Module, x: Tensor, op: Callable[..., Tensor]) -> Tensor:
+    return norm(x, op) if isinstance(norm, RMSNorm) else norm(x)
+
+
+def _row_wise(module: Any) -> bool:
+    """Whether a module, or all of its parts, depend on no other row than their own, attention's operation apart."""
+    if type(module) in (DecoderLayer, Attention, MLP):
+        return all(map(_row_wise, module._modules.values()))
+    return allows(type(module)).row_wise
 
 
 def _activation(name: str) -> nn.Module:
@@ -427,7 +456,3 @@ def _rope_parameters(head_dim: int, rope_theta: float, yarn: Yarn | None, device
     numerator, denominator = (0.1 * scale * math.log(max(yarn.factor, 1)) + 1.0 for scale in scales)
     scaling = numerator / denominator if yarn.attention_factor is None else yarn.attention_factor
     return inv_freq.to(device), scaling
-
-
-def _identity(name: str, x: Tensor) -> Tensor:
-    return x

@@ -10,8 +10,10 @@ What a set allows, it knows from what its functions declare (``reference.declare
 right everywhere, and slower: the model then takes no shortcut around it.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,3 +142,16 @@ def resolve(ops: "Ops | str", device: torch.device | None = None) -> Ops:
     if not isinstance(ops, str) or ops not in sets:
         raise InputError(f"ops: expected one of {', '.join(sets)}, or an Ops, found {ops!r}")
     return sets[ops]()
+
+
+def call(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """``function(*args, **options)``. Raises InputError where an operation of one's own does not take an option."""
+    if options:
+        parameters = inspect.signature(function).parameters
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if missing := [name for name in options if name not in parameters and not takes_any]:
+            raise InputError(
+                f"ops: expected a function that takes {missing[0]}= as reference.py's does, which this checkpoint or "
+                f"this capture needs, found {getattr(function, '__qualname__', function)!r}"
+            )
+    return function(*args, **options)

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import samples
-from .batch import PackedBatch
 from .embedder import Embedder
 from .errors import InputError
+from .hooks import Activations, capture
 from .ops import Ops, resolve
 from .pretrained import Pretrained, open_tokenizer
 from .prompts import DEFAULT_TASK, EMBEDDING_PROMPTS, NO, RERANKER, YES
@@ -196,12 +196,10 @@ def _ours(pretrained: Any, calls: Calls) -> tuple[States, Tensor]:
     """Its rows at the points compared; its vectors or scores in the order of the inputs."""
     states: States = defaultdict(dict)
 
-    def record(name: str, x: Tensor, batch: PackedBatch) -> Tensor:
-        if name in ("embed", "final_norm") or name.endswith("resid_post"):
-            lengths = batch.cu_seqlens.diff().tolist()
-            ids = [tuple(ids.tolist()) for ids in batch.input_ids.split(lengths)]
-            states[name].update(zip(ids, x.split(lengths), strict=True))
-        return x
+    def record(acts: Activations) -> None:
+        ids = [tuple(ids.tolist()) for ids in acts.input_ids]
+        for name in acts:
+            states[name].update(zip(ids, acts.per_text(name), strict=True))
 
     def run() -> Tensor:
         if pretrained.model.layout.pooling or isinstance(pretrained, Reranker):
@@ -209,9 +207,8 @@ def _ours(pretrained: Any, calls: Calls) -> tuple[States, Tensor]:
         tasks = ((method.partition("_")[2] or None, inputs) for method, inputs in calls)
         return torch.cat([pretrained.encode_tokens(inputs, task=task).vectors for task, inputs in tasks])
 
-    pretrained.model.hooks.append(record)
-    run()
-    pretrained.model.hooks.remove(record)
+    with capture(pretrained, "embed", "layers.*.resid_post", "final_norm", into=record):
+        run()
     # Again, without hooks: what is fused, and the last layer for last tokens only, is compared too.
     return states, run()
 

@@ -16,9 +16,10 @@ from .batch import PackedBatch, Prefix, pack
 from .config import read_json
 from .errors import CheckpointError, InputError, check_int, check_texts, warn
 from .forks import use_threads
+from .hooks import Stopped, Where, edit
 from .layout import LAST_TOKEN, Layout
 from .model import Qwen3Model
-from .ops import Ops
+from .ops import OPERATIONS, Ops
 from .planning import plan, shared_prefixes
 from .prefix_cache import PrefixCache
 from .prompts import EOS
@@ -27,6 +28,7 @@ from .tokenizer import Tokenizer
 from .weights.build import load_model
 from .weights.find import base_directory, find
 from .weights.layout import read_layout
+from .weights.save import save_model
 
 MAX_LENGTH = 8192
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -59,6 +61,8 @@ class Pretrained:
         if max_length > limit:
             raise InputError(f"max_length: expected at most {limit}, the model's limit, found {max_length}")
         tokenizer.check_vocabulary(model.embed_tokens.num_embeddings)
+        self.directory = tokenizer.path.parent
+        """The checkpoint's, whose files ``save`` takes over."""
         self.model = model
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -110,12 +114,42 @@ class Pretrained:
         tokenizer = open_tokenizer(directory, layout, split_special_tokens=split_special_tokens)
         layout = with_tokens(layout, tokenizer)
         lm_head = cls.jobs == ("reranker",) and layout.score == "lm_head"
-        return cls(
+        opened = cls(
             load_model(directory, dtype=dtype, device=device, ops=ops, lm_head=lm_head, layout=layout),
             tokenizer,
             max_length=max_length,
             prefix_cache_tokens=prefix_cache_tokens,
         )
+        opened.directory = directory
+        return opened
+
+    def save(self, directory: str | Path) -> None:
+        """Write the checkpoint as it is now, in the layout that it was opened in, for this library and the others.
+
+        Files and the weights' dtype are those of ``self.directory``; config.json gets the numbers of layers, heads and
+        widths that the modules have. Swapped operations are not saved, and a warning says so. directory: another than
+        the one it was opened from; it is written whole or not at all.
+
+        Raises:
+            InputError: for what that layout cannot hold: modules of one's own, layers of different widths, weights that
+                are int8 or not finite; and where the checkpoint is an adapter.
+            CheckpointError, OSError: where the files cannot be read, or written.
+
+        Example:
+            >>> embedder = Embedder.from_pretrained("tiny-embedding")
+            >>> embedder.model.layers = embedder.model.layers[:2]
+            >>> embedder.save(folder)
+            >>> len(Embedder.from_pretrained(folder).model.layers)
+            2
+        """
+        own = (name for name in OPERATIONS if not getattr(self.model.ops, name).__module__.startswith(__package__))
+        if names := ", ".join(own):
+            warn(f"save: ops: {names}: swapped operations are not saved: the checkpoint opens with the usual ones")
+        save_model(self.model, self.directory, Path(directory), self._declared())
+
+    def _declared(self) -> dict[str, dict[str, Any]]:
+        """By file, what differs from what the checkpoint declared, beside its configuration."""
+        return {}
 
     @classmethod
     def check_job(cls, layout: Layout, directory: Path) -> None:
@@ -156,7 +190,7 @@ class Pretrained:
         return self.model.dtype or self.model.embed_tokens.weight.dtype
 
     def __repr__(self) -> str:
-        weights = self.model.get_parameter("layers.0.mlp.gate_proj.weight").dtype
+        weights = max(self.model.layers.parameters(), key=Tensor.numel, default=self.model.norm.weight).dtype
         return (
             f"{type(self).__name__}(dtype={self.dtype}, weights={weights}, device={str(self.device)!r}, "
             f"max_length={self.max_length}, ops={self.model.ops}, layout={self.layout})"
@@ -170,12 +204,14 @@ class Pretrained:
         *,
         batch_tokens: int | None = None,
         show_progress_bar: bool | None = None,
+        grad: bool = False,
         **options: Any,
     ) -> Any:
         """``compute(batch, **options)`` of all texts, in batches: rows [N, *shape] float32, in the order given.
 
         prefixes: for each text, ids that its sequence may begin with; what all sequences of one prefix begin with is
-        computed once. shape: None for results of different shapes, of which a list is made.
+        computed once. shape: None for results of different shapes, of which a list is made. grad: record gradients;
+        each text is then computed by itself, whatever it shares with others. None where a capture stopped the model.
 
         Raises InputError for texts or options, and where a result is not finite, naming the text and the point.
         """
@@ -184,25 +220,36 @@ class Pretrained:
             check_int("batch_tokens", batch_tokens, 1)
         check_texts(texts)
         # After the layers, a sigmoid would make 0 or 1 of inf.
-        for name, x in {"model.norm.weight": self.model.norm.weight, **options}.items():
+        for name, x in {**dict(self.model.norm.named_parameters("model.norm")), **options}.items():
             if isinstance(x, Tensor) and not is_finite(x):
                 raise InputError(f"{name}: expected finite numbers, found inf or nan")
-        first_equal = self._deduplicate(texts)
+        share = self.model.shortcuts and not grad
+        first_equal = _first_equal(texts) if share else list(range(len(texts)))
         distinct = list(dict.fromkeys(first_equal))
         dtype = torch.promote_types(self.dtype, torch.float32)
         out: Any = [None] * len(texts)
         if shape is not None:
             out = torch.empty(len(texts), *shape, dtype=dtype, device=self.device)
         disable = None if show_progress_bar is None else not show_progress_bar  # None: unless on a terminal
-        with torch.no_grad(), tqdm(total=len(distinct), disable=disable, delay=1, unit="text", leave=False) as bar:
-            for batch in self._batches(texts, prefixes, distinct, batch_tokens):
-                results = self.compute(batch, **options)
-                if shape is not None:
+        progress = tqdm(total=len(distinct), disable=disable, delay=1, unit="text", leave=False)
+        stopped = False
+        with torch.set_grad_enabled(grad), progress as bar:
+            for batch in self._batches(texts, prefixes, distinct, batch_tokens, share=share):
+                bar.update(len(batch.indices))
+                try:
+                    results = self.compute(batch, **options)
+                except Stopped:
+                    stopped = True
+                    continue
+                if grad and shape is not None:
+                    out = out.index_copy(0, batch.indices, results)
+                elif shape is not None:
                     out[batch.indices] = results
                 else:
                     for index, result in zip(batch.indices.tolist(), results, strict=True):
                         out[index] = result
-                bar.update(len(batch.indices))
+        if stopped:
+            return None
         if len(distinct) != len(texts):
             out = out[first_equal] if shape is not None else [out[i] for i in first_equal]
         if not (is_finite(out) if shape is not None else all(map(is_finite, out))):
@@ -215,17 +262,15 @@ class Pretrained:
         batch = pack(self.to_sequences([texts[index]]), device=self.device, indices=[index])
         points: list[str] = []
 
-        def look(name: str, x: Tensor, of: PackedBatch) -> Tensor:
-            if of is batch and not points and not is_finite(x):  # not capture: it would hold every point at once
-                points.append(name)
+        def look(x: Tensor, where: Where) -> Tensor:
+            if (
+                where.batch is batch and not points and not is_finite(x)
+            ):  # not capture: it would hold all points at once
+                points.append(where.name)
             return x
 
-        self.model.hooks.append(look)
-        try:
-            with torch.no_grad():
-                again = self.compute(batch, **options)
-        finally:
-            self.model.hooks.remove(look)
+        with torch.no_grad(), edit(self.model, {"*": look}):
+            again = self.compute(batch, **options)
         if points:
             where = f"first in {points[0]}"
         elif all(map(is_finite, again)):
@@ -239,22 +284,21 @@ class Pretrained:
             f"found inf or nan, {where} ({dtype}{limit})"
         )
 
-    def _deduplicate(self, texts: Sequence[str]) -> list[int]:
-        """For each text the index of the first one equal to it; its own, where no shortcut may be taken."""
-        if not self.model.shortcuts:
-            return list(range(len(texts)))
-        first: dict[str, int] = {}
-        return [first.setdefault(text, i) for i, text in enumerate(texts)]
-
     def _batches(
-        self, texts: Sequence[str], prefixes: Sequence[Prefix], indices: list[int], batch_tokens: int | None
+        self,
+        texts: Sequence[str],
+        prefixes: Sequence[Prefix],
+        indices: list[int],
+        batch_tokens: int | None,
+        *,
+        share: bool,
     ) -> Iterator[PackedBatch]:
         """Packed batches of the texts at these indices; the next block is tokenised while one is computed."""
         blocks = [indices[i : i + TEXTS_PER_BLOCK] for i in range(0, len(indices), TEXTS_PER_BLOCK)]
         tokenised = prefetch(([texts[i] for i in block] for block in blocks), self.to_sequences)
         for block, sequences in zip(blocks, tokenised, strict=True):
             self._check(block, sequences, batch_tokens)
-            yield from self._pack_block(block, sequences, [prefixes[i] for i in block], batch_tokens)
+            yield from self._pack_block(block, sequences, [prefixes[i] if share else () for i in block], batch_tokens)
 
     def _check(self, indices: list[int], sequences: list[list[int]], batch_tokens: int | None) -> None:
         """Raise InputError for a sequence that is empty, or that the model or the batch cannot hold."""
@@ -274,8 +318,8 @@ class Pretrained:
     def _pack_block(
         self, indices: list[int], sequences: list[list[int]], prefixes: list[Prefix], batch_tokens: int | None
     ) -> Iterator[PackedBatch]:
-        """Packed batches of these sequences; what they share, where it may be shared, comes from the cache or once."""
-        shared = shared_prefixes(sequences, prefixes) if self.model.shortcuts else [()] * len(sequences)
+        """Packed batches of these sequences; what they share of their prefixes comes from the cache or once."""
+        shared = shared_prefixes(sequences, prefixes)
         limit = batch_tokens or BATCH_TOKENS.get(self.device.type, 4096)
         groups = plan([len(ids) for ids in sequences], limit, shared)
         cached = self.prefix_cache.get(shared, self.model)
@@ -287,6 +331,20 @@ class Pretrained:
                 prefixes=[shared[i] for i in group],
                 prefix_kv=cached,
             )
+
+
+def _first_equal(texts: Sequence[str]) -> list[int]:
+    """For each text the index of the first one equal to it."""
+    first: dict[str, int] = {}
+    return [first.setdefault(text, i) for i, text in enumerate(texts)]
+
+
+def as_asked(results: Tensor | None, *, single: bool, tensor: bool) -> Any:
+    """Results of ``run`` as a call returns them: the row of a single input, a numpy array unless a tensor is wanted."""
+    if results is None:
+        return None
+    results = results[0] if single else results
+    return results if tensor else results.cpu().numpy()
 
 
 def open_tokenizer(directory: Path, layout: Layout, *, split_special_tokens: bool = False) -> Tokenizer:

@@ -105,7 +105,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @declare(causal=True)
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
-    *, causal: bool = True,
+    *, causal: bool = True, hook: Callable[[str, Tensor, int], Tensor] = lambda name, x, sequence: x,
 ) -> Tensor:  # fmt: skip
     """Grouped-query attention inside each sequence; q [Tq, Hq, D], k and v [Tk, Hkv, D] to [Tq, Hq, D].
 
@@ -113,20 +113,23 @@ def attention(
     sequence sees all its keys, so queries may be fewer than keys. Without ``causal`` every query sees all keys of its
     sequence. Scores are scaled by ``D ** -0.5`` in the model's dtype, softmax is float32, probabilities are cast back
     before they multiply v.
-    The model passes ``causal`` only as False: an attention that does not take it serves causal models. The max_seqlen
-    arguments are for kernels that size a grid by them. Raises InputError where a sequence has more queries than keys
-    and ``causal``.
+    The model passes ``causal`` only as False: an attention that does not take it serves causal models. ``hook`` is
+    given each sequence's ``scores`` and ``pattern``, [Hq, len_q, len_k], and gives what is used in their place; the
+    model passes it only where these are asked for. The max_seqlen arguments are for kernels that size a grid by them.
+    Raises InputError where a sequence has more queries than keys and ``causal``.
     """
     out = []
     groups = q.shape[1] // k.shape[1]
-    for rows_q, rows_k in sequences(cu_seqlens_q, cu_seqlens_k, causal):
+    for n, (rows_q, rows_k) in enumerate(sequences(cu_seqlens_q, cu_seqlens_k, causal)):
         queries = q[rows_q].transpose(0, 1)  # [Hq, len_q, D]
         keys = k[rows_k].transpose(0, 1).repeat_interleave(groups, dim=0)
         values = v[rows_k].transpose(0, 1).repeat_interleave(groups, dim=0)
         scores = queries @ keys.transpose(1, 2) * q.shape[2] ** -0.5
         if causal:
             scores = scores.masked_fill(~visible(queries, keys), -torch.inf)
-        out.append((at_least_float32(scores).softmax(dim=-1).to(q.dtype) @ values).transpose(0, 1))
+        scores = hook("scores", scores, n)
+        pattern = hook("pattern", at_least_float32(scores).softmax(dim=-1).to(q.dtype), n)
+        out.append((pattern @ values).transpose(0, 1))
     return torch.cat(out)
 
 

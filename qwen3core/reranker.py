@@ -11,7 +11,7 @@ from torch import Tensor
 from .batch import PackedBatch
 from .errors import CheckpointError, InputError, check_int, check_text
 from .model import Qwen3Model
-from .pretrained import Pretrained
+from .pretrained import Pretrained, as_asked
 from .prompts import FIELDS
 from .reading import as_list
 from .tokenizer import Tokenizer
@@ -26,6 +26,8 @@ class PredictOptions(TypedDict, total=False):
     instruction: str | None
     batch_tokens: int | None
     show_progress_bar: bool | None
+    logit: bool
+    grad: bool
 
 
 class Hit(TypedDict, total=False):
@@ -104,6 +106,8 @@ class Reranker(Pretrained):
         batch_tokens: int | None = None,
         convert_to_tensor: bool = False,
         show_progress_bar: bool | None = None,
+        logit: bool = False,
+        grad: bool = False,
     ) -> Any:
         """P(yes) that each document meets its query, or the scores of ``layout.labels`` where there are several.
 
@@ -113,9 +117,11 @@ class Reranker(Pretrained):
             batch_tokens: most tokens of one batch.
             convert_to_tensor: return a tensor on the model's device in place of a numpy array.
             show_progress_bar: None shows it on a terminal.
+            logit: return the score before the sigmoid.
+            grad: return a tensor with its graph; each pair is then computed by itself, equal ones too.
 
         Returns:
-            [n] float32, or [n, labels]; one number, or row, for a single pair.
+            [n] float32, or [n, labels]; one number, or row, for a single pair. None where a capture stopped the model.
 
         Raises:
             InputError: for what is no pair of texts, or an option that cannot be.
@@ -139,16 +145,17 @@ class Reranker(Pretrained):
             () if len(layout.labels) == 1 else (len(layout.labels),),
             batch_tokens=batch_tokens,
             show_progress_bar=show_progress_bar,
+            grad=grad,
             weight=self.model.score_weight(self.answers),
+            logit=logit,
         )
-        result = scores[0] if single else scores
-        return result if convert_to_tensor else result.cpu().numpy()
+        return as_asked(scores, single=single, tensor=convert_to_tensor or grad)
 
     def to_sequences(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer.reranking(texts, self.max_length)
 
-    def compute(self, batch: PackedBatch, **options: Any) -> Tensor:
-        return self.model.scores(batch, **options)
+    def compute(self, batch: PackedBatch, *, weight: Tensor | None = None, logit: bool = False, **_: Any) -> Tensor:
+        return self.model.logits(batch, weight) if logit else self.model.scores(batch, weight)
 
 
 def _checked(pairs: Iterable[Sequence[str]]) -> list[tuple[str, str]]:

@@ -139,7 +139,7 @@ def reranking_task(
 
     def outputs(model: Qwen3Model, packed: PackedBatch) -> Tensor:
         answers = model.layout.answers or (tokenizer.yes_no() if model.layout.score == "lm_head" else ())
-        return model.logits(packed, model.score_weight(answers))[:, 0]
+        return model.logits(packed, model.score_weight(answers))
 
     def check(model: Qwen3Model, batch_size: int) -> None:
         if len(model.layout.labels) > 1 or model.layout.activation != "Sigmoid":
