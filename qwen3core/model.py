@@ -210,6 +210,8 @@ class Qwen3Model(nn.Module):
             rest = (layout, context, batch.prefix_kv[i] if batch.prefix_kv else None)
             x = hook("resid_pre", x)
             x = hook("resid_post", layer(x, *rest) if isinstance(layer, DecoderLayer) else layer(x))
+            if keys_values is not None and len(keys_values) == i:  # without attention of ours
+                keys_values.append((x[:0], x[:0]))
         return x
 
     def keys_values(self, batch: PackedBatch) -> KeysValues:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import reference
+from .errors import InputError
 from .reference import declare
 
 ONEDNN_ROWS = 512
@@ -86,7 +87,10 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
     *, causal: bool = True,
 ) -> Tensor:  # fmt: skip
-    """PyTorch's SDPA, one call for neighbours of equal lengths, which sorted batches are full of."""
+    """PyTorch's SDPA, one call for neighbours of equal lengths, which sorted batches are full of.
+
+    Raises InputError under forward-mode differentiation (``torch.func.jvp``, ``jacfwd``), which SDPA does not have.
+    """
     lengths = ((x.stop - x.start for x in rows) for rows in reference.sequences(cu_seqlens_q, cu_seqlens_k, causal))
     runs = [(*pair, len(list(run))) for pair, run in groupby(map(tuple, lengths))]
     # split, not slices: the gradient of each slice would be a tensor of all rows.
@@ -99,7 +103,11 @@ def attention(
             keys, values = keys.contiguous(), values.contiguous()
         aligned = causal and len_q == len_k  # SDPA's own mask is aligned at the top left; one query sees all
         mask = reference.visible(queries[0], keys[0]) if causal and not aligned and len_q > 1 else None
-        z = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=aligned, enable_gqa=True)
+        try:
+            z = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=aligned, enable_gqa=True)
+        except NotImplementedError as error:
+            message = f"ops 'torch': attention: expected ops='reference' for forward-mode AD ({error})"
+            raise InputError(message) from error
         out.append(z.transpose(1, 2).flatten(0, 1))
     return out[0] if len(out) == 1 else torch.cat(out)  # torch.cat would copy a single one
 

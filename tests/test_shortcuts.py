@@ -14,6 +14,7 @@ import torch
 from tolerances import SAME_TEXT_FP32
 
 from qwen3core import Embedder, InputError, Ops, Reranker, capture, pack, reference
+from qwen3core.model import MLP
 from qwen3core.ops import OPERATIONS
 from qwen3core.prefix_cache import PrefixCache
 from qwen3core.reference import allows, declare
@@ -95,7 +96,7 @@ def test_prefixes_packed_by_hand_need_ops_that_allow_them(opened):
     whole, ops = model.ops, dataclasses.replace(model.ops, attention=both_ways)
     try:
         model.ops = ops
-        with pytest.raises(InputError, match="pack: prefixes: expected ops that declare what sharing takes, found Ops"):
+        with pytest.raises(InputError, match=r"pack: prefixes: expected ops and modules that .* found Ops"):
             model.embed(batch)
     finally:
         model.ops = whole
@@ -206,3 +207,107 @@ def test_settings_survive_copies(embedding_dir, reranker_dir, options, copied):
         assert again.prefix_cache.max_tokens == opened.prefix_cache.max_tokens
         assert again.model.ops == opened.model.ops
         assert np.abs(run(again) - run(opened)).max() <= SAME_TEXT_FP32
+
+
+class Mixing(torch.nn.Module):
+    """In place of a layer or a part of one: a little of every other row in each."""
+
+    def forward(self, x):
+        return x + 0.5 * x.mean(0, keepdim=True)
+
+
+class OwnMLP(MLP):
+    """Called as ours is."""
+
+    def forward(self, x, context):
+        return super().forward(Mixing()(x), context)
+
+
+def own_projection(model):
+    linear = model.layers[1].mlp.down_proj
+    model.layers[1].mlp.down_proj = own = copy.deepcopy(linear)
+    own.__class__ = type("Own", (type(linear),), {"forward": lambda self, x, op: op(Mixing()(x), self.weight)})
+
+
+MODULES = {
+    "layer": lambda m: m.layers.__setitem__(2, Mixing()),
+    "mlp": lambda m: setattr(m.layers[2], "mlp", Mixing()),
+    "mlp, a class of ours": lambda m: setattr(m.layers[2], "mlp", OwnMLP(m.config)),
+    "attention": lambda m: setattr(m.layers[2], "self_attn", Mixing()),
+    "input_layernorm": lambda m: setattr(m.layers[3], "input_layernorm", Mixing()),
+    "post_attention_layernorm": lambda m: setattr(m.layers[3], "post_attention_layernorm", Mixing()),
+    "q_norm": lambda m: setattr(m.layers[3].self_attn, "q_norm", Mixing()),
+    "norm": lambda m: setattr(m, "norm", Mixing()),
+    "projection": own_projection,
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_of_ones_own_gives_what_it_gives_without_shortcuts(embedding_dir, name):
+    embedder = Embedder.from_pretrained(embedding_dir, dtype="float32", device="cpu", prefix_cache_tokens=99)
+    before = embedder.encode_query(TEXTS)
+    assert embedder.model.shortcuts
+    torch.manual_seed(0)
+    MODULES[name](embedder.model)
+    assert not embedder.model.shortcuts
+    with capture(embedder, "pooled"):
+        right = embedder.encode_query(TEXTS)
+    changed = embedder.encode_query(TEXTS)
+    assert np.abs(changed - right).max() <= SAME_TEXT_FP32
+    assert np.abs(changed - before).max() > 1e-3
+    batch = pack([[1, 2, 3], [1, 2, 4]], prefixes=[(1, 2), (1, 2)])
+    with pytest.raises(InputError, match="expected ops and modules that declare what sharing takes, found modules of"):
+        embedder.model.embed(batch)
+
+
+@pytest.mark.parametrize("place", ["layer", "mlp"])
+def test_a_declared_module_has_shortcuts_and_a_lie_shows(embedding_dir, place):
+    embedder = Embedder.from_pretrained(embedding_dir, dtype="float32", device="cpu", prefix_cache_tokens=99)
+    for own in (torch.nn.Tanh, Mixing):
+        module = declare(row_wise=True)(type("Declared", (own,), {}))()
+        if place == "layer":
+            embedder.model.layers[1] = module
+        else:
+            embedder.model.layers[1].mlp = module
+        assert embedder.model.shortcuts
+        with capture(embedder, "pooled"):
+            right = embedder.encode_query(TEXTS)
+        difference = np.abs(embedder.encode_query(TEXTS) - right).max()
+        assert len(embedder.prefix_cache) == 1
+        assert difference > 1e-3 if own is Mixing else difference <= SAME_TEXT_FP32
+
+
+@pytest.mark.parametrize("name", ["post_attention_layernorm", "q_norm", "norm"])
+def test_fused_operations_do_not_pass_over_a_norm_of_ones_own(embedding_dir, name):
+    model = Embedder.from_pretrained(embedding_dir, dtype="float32", device="cpu").model
+    MODULES[name](model)
+    right = model.embed(pack([[1, 2, 3]]))
+    model.ops = Ops.triton()
+    assert (model.embed(pack([[1, 2, 3]])) - right).abs().max() <= SAME_TEXT_FP32
+
+
+def test_fewer_layers(embedding_dir, reranker_dir):
+    """Left out by assignment, everywhere: the vector is that of the layer's stream, normed; scores and caches, too."""
+    for kind, directory in ((Embedder, embedding_dir), (Reranker, reranker_dir)):
+        opened = kind.from_pretrained(directory, dtype="float32", device="cpu", prefix_cache_tokens=300)
+        run = opened.encode_query if kind is Embedder else opened.predict
+        inputs = TEXTS if kind is Embedder else PAIRS
+        with capture(opened, "layers.1.resid_post", stop_at="layers.1.resid_post") as acts:
+            run(inputs)
+        before = run(inputs)  # fills the cache
+        opened.model.layers = opened.model.layers[:2]
+        found = run(inputs)
+        assert len(opened.prefix_cache) >= 1
+        assert np.abs(found - before).max() > 1e-3
+        model = opened.model
+        last = torch.stack([x[-1] for x in acts.per_text("layers.1.resid_post")])
+        with torch.no_grad():
+            vectors = model.norm(last, model.ops.rms_norm)
+            if kind is Embedder:
+                expected = torch.nn.functional.normalize(vectors, dim=-1)
+            else:
+                expected = (vectors @ model.score_weight(opened.answers)[0]).sigmoid()
+        assert np.abs(found - expected.numpy()).max() <= SAME_TEXT_FP32 * 10
+        with pytest.raises(InputError, match=r"with i in 0\.\.1"), capture(opened, "layers.2.z"):
+            pass
+        assert "weights=torch.bfloat16" in repr(opened) or "weights=torch.float32" in repr(opened)

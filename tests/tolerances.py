@@ -36,6 +36,13 @@ REORDERED_FP32 = 1e-6
 # (seen: up to 3 of 2^-23).
 CANCELLED = 2**-21
 
+# A score before the sigmoid, float32: up to about 20, so relative to 1 or its size.
+LOGIT_FP32 = FP32_TOLERANCE
+
+# Gradients of one text's score or cosine through all layers, float32, relative to their norm: transformers' own differ
+# by 1e-6 between eager attention and its default.
+GRADIENT_TRANSFORMERS = 1e-5
+
 # Gradients of whole weights, float32: sums over a batch in another order, forward and backward.
 GRADIENT_FP32 = 1e-5
 
