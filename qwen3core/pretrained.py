@@ -138,8 +138,10 @@ class Pretrained:
         Example:
             >>> embedder = Embedder.from_pretrained("tiny-embedding")
             >>> embedder.model.layers = embedder.model.layers[:2]
-            >>> embedder.save(folder)
-            >>> len(Embedder.from_pretrained(folder).model.layers)
+            >>> from tempfile import TemporaryDirectory
+            >>> with TemporaryDirectory() as folder:
+            ...     embedder.save(f"{folder}/half")
+            ...     print(len(Embedder.from_pretrained(f"{folder}/half").model.layers))
             2
         """
         own = (name for name in OPERATIONS if not getattr(self.model.ops, name).__module__.startswith(__package__))

@@ -192,12 +192,15 @@ def rewrite(
             }
     with writing_into(directory) as part:
         for file, keys in files.items():
-            shard = {key: tensor(name).to(_stored_dtype(tensors, name)).contiguous() for name, key in keys.items()}
-            for key, weight in shard.items():
+            shard: dict[str, Tensor] = {}
+            for name, key in keys.items():
+                weight = tensor(name).to(_stored_dtype(tensors, name)).contiguous()
                 if not weight.isfinite().all():
                     raise InputError(
                         f"{key}: expected weights that are finite in {weight.dtype}, found some that are not"
                     )
+                shared = any(weight.data_ptr() == other.data_ptr() for other in shard.values())
+                shard[key] = weight.clone() if shared else weight  # a layer that is there twice
             place = part / file.relative_to(source)
             place.parent.mkdir(parents=True, exist_ok=True)
             save_file(shard, place, metadata={"format": "pt"})
