@@ -32,7 +32,6 @@ class EncodeOptions(TypedDict, total=False):
     normalize_embeddings: bool | None
     batch_tokens: int | None
     show_progress_bar: bool | None
-    grad: bool
 
 
 class Embedder(Pretrained):
@@ -81,6 +80,11 @@ class Embedder(Pretrained):
         **options: Unpack[EncodeOptions],
     ) -> Tensor: ...
 
+    @overload
+    def encode_query(
+        self, inputs: Texts, *, instruction: str | None = None, grad: Literal[True], **options: Unpack[EncodeOptions]
+    ) -> Tensor: ...
+
     def encode_query(self, inputs: Texts, *, instruction: str | None = None, **options: Any) -> Any:
         """``encode`` with the query prompt: the checkpoint's, or that of your own ``instruction`` (one sentence)."""
         if instruction is not None:
@@ -99,6 +103,9 @@ class Embedder(Pretrained):
         self, inputs: Texts, *, convert_to_tensor: Literal[True], **options: Unpack[EncodeOptions]
     ) -> Tensor: ...
 
+    @overload
+    def encode_document(self, inputs: Texts, *, grad: Literal[True], **options: Unpack[EncodeOptions]) -> Tensor: ...
+
     def encode_document(self, inputs: Texts, **options: Any) -> Any:
         """``encode`` with the document prompt, which is empty for the official checkpoints."""
         if options.get("prompt") is None and options.get("prompt_name") is None:
@@ -114,6 +121,9 @@ class Embedder(Pretrained):
     def encode(
         self, inputs: Texts, *, convert_to_tensor: Literal[True], **options: Unpack[EncodeOptions]
     ) -> Tensor: ...
+
+    @overload
+    def encode(self, inputs: Texts, *, grad: Literal[True], **options: Unpack[EncodeOptions]) -> Tensor: ...
 
     def encode(
         self,

@@ -176,7 +176,10 @@ class Qwen3Model(nn.Module):
     @property
     def row_wise(self) -> bool:
         """Whether all modules are this file's, or declared to be row-wise."""
-        return _row_wise(self.norm) and all(map(_row_wise, self.layers))
+        kinds: set[type] = set()
+        for part in (self.layers, self.norm):
+            _add_kinds(part, kinds)
+        return all(allows(kind).row_wise for kind in kinds)
 
     def run_layers(
         self, batch: PackedBatch, *, last_token: bool = False, keys_values: KeysValues | None = None
@@ -201,8 +204,9 @@ class Qwen3Model(nn.Module):
         cos, sin = rope_cos_sin(batch.position_ids, self.config, x.dtype)
         # Fused, the point between add and norm could not be edited.
         ops = replace(self.ops, add_rms_norm=None) if self.hooks else self.ops
-        blocks = ops.row_wise and not self.hooks and self.row_wise
-        block_rows = ROWS_PER_BLOCK.get(x.device.type, 16384) if blocks else len(x)
+        block_rows = ROWS_PER_BLOCK.get(x.device.type, 16384)
+        if len(x) > block_rows and (self.hooks or not ops.row_wise or not self.row_wise):
+            block_rows = len(x)
         for i, layer in enumerate(self.layers):
             layout = batch.last_token if last_token and i == len(self.layers) - 1 else batch.full
             hook = self._hook(batch, f"layers.{i}.")
@@ -402,11 +406,14 @@ def _norm(norm: nn.Module, x: Tensor, op: Callable[..., Tensor]) -> Tensor:
     return norm(x, op) if isinstance(norm, RMSNorm) else norm(x)
 
 
-def _row_wise(module: Any) -> bool:
-    """Whether a module, or all of its parts, depend on no other row than their own, attention's operation apart."""
-    if type(module) in (DecoderLayer, Attention, MLP):
-        return all(map(_row_wise, module._modules.values()))
-    return allows(type(module)).row_wise
+def _add_kinds(module: Any, kinds: set[type]) -> None:
+    """Add the classes of a module's parts, as far as they are of this file; a loop that each call can afford."""
+    kind = type(module)
+    if kind in (nn.ModuleList, DecoderLayer, Attention, MLP):
+        for part in module._modules.values():
+            _add_kinds(part, kinds)
+    else:
+        kinds.add(kind)
 
 
 def _activation(name: str) -> nn.Module:

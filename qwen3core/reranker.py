@@ -27,7 +27,6 @@ class PredictOptions(TypedDict, total=False):
     batch_tokens: int | None
     show_progress_bar: bool | None
     logit: bool
-    grad: bool
 
 
 class Hit(TypedDict, total=False):
@@ -97,6 +96,9 @@ class Reranker(Pretrained):
     def predict(
         self, pairs: Pairs, *, convert_to_tensor: Literal[True], **options: Unpack[PredictOptions]
     ) -> Tensor: ...
+
+    @overload
+    def predict(self, pairs: Pairs, *, grad: Literal[True], **options: Unpack[PredictOptions]) -> Tensor: ...
 
     def predict(
         self,

@@ -146,7 +146,12 @@ def test_a_failing_nested_edit_leaves_no_trace(embedder):
 
 def test_a_hook_is_called_at_its_points_alone(embedder):
     names = []
-    with edit(embedder.model, {"layers.2.z": lambda x, where: names.append(where.name) or x}):
+
+    def look(x, where):
+        names.append(where.name)
+        return x
+
+    with edit(embedder.model, {"layers.2.z": look}):
         embedder.encode("gravity")
     assert names == ["layers.2.z"]
 
@@ -430,7 +435,7 @@ def test_how_tensors_are_stored(embedder):
 
 def test_an_edit_is_told_where_it_is(embedder):
     """Rows of each text by the caller's index, positions, token ids; the same for the patterns of one text."""
-    seen = {}
+    seen: dict[str, list] = {}
 
     def look(x, where):
         seen.setdefault(where.name, []).append((x.shape, where))
