@@ -10,7 +10,19 @@ from checkpoint_files import edit_json
 from test_parity import check_bit_identity
 from tolerances import EMBEDDING_FP32, SAME_TEXT_FP32
 
-from qwen3core import CheckpointError, Embedder, InputError, Ops, Qwen3Config, capture, load_model, pack, reference
+from qwen3core import (
+    CheckpointError,
+    Embedder,
+    InputError,
+    Layout,
+    Ops,
+    Qwen3Config,
+    Qwen3Model,
+    capture,
+    load_model,
+    pack,
+    reference,
+)
 from qwen3core.config import Yarn
 from qwen3core.model import rope_cos_sin
 
@@ -201,3 +213,10 @@ def test_an_attention_that_knows_no_causal_serves_causal_models_alone(embedding_
     both_ways = load_model(changed(is_causal=False), dtype="float32", device="cpu", ops=model.ops)
     with pytest.raises(InputError, match=r"ops: expected a function that takes causal= .*mine"):
         both_ways.embed(pack([[1, 2, 3]]))
+    mean = Qwen3Model(
+        both_ways.config,
+        replace(Ops.reference(), pool=lambda *args: reference.pool(*args)),
+        layout=Layout(pooling=("mean",)),
+    )
+    with pytest.raises(InputError, match=r"ops: expected a function that takes modes= .*lambda"):
+        mean.embed(pack([[1, 2, 3]]))
