@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, check_int
-from .hooks import Activations, Positions, Where, several, with_where
+from .hooks import Activations, with_where
+from .points import Positions, Where, several
 
 Edit = Callable[[Tensor, Where], Tensor]
 

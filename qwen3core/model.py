@@ -22,9 +22,9 @@ from . import reference
 from .batch import KeysValues, PackedBatch, VarlenLayout
 from .config import Qwen3Config, Yarn
 from .errors import InputError
-from .hooks import PATTERN_POINTS, Hook, Hooks
 from .layout import LAST_TOKEN, Dense, Layout, Normalize
 from .ops import Ops, call, resolve
+from .points import PATTERN_POINTS, Hook, Hooks
 from .reference import allows, declare
 
 ROWS_PER_BLOCK = {"cpu": 1024}

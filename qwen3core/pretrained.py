@@ -16,11 +16,12 @@ from .batch import PackedBatch, Prefix, pack
 from .config import read_json
 from .errors import CheckpointError, InputError, check_int, check_texts, warn
 from .forks import use_threads
-from .hooks import Stopped, Where, edit
+from .hooks import Stopped, edit
 from .layout import LAST_TOKEN, Layout
 from .model import Qwen3Model
 from .ops import OPERATIONS, Ops
 from .planning import plan, shared_prefixes
+from .points import Where
 from .prefix_cache import PrefixCache
 from .prompts import EOS
 from .reading import as_iterator

@@ -7,7 +7,8 @@ import torch
 from tolerances import HIDDEN_FP32, LOGIT_FP32, REORDERED_FP32
 
 from qwen3core import Embedder, InputError, Reranker, capture, edit, edits, pack, reference, stream
-from qwen3core.hooks import POINTS, by_head
+from qwen3core.hooks import by_head
+from qwen3core.points import POINTS
 
 TEXTS = ["Gravity is a force.", "a", "北京是中国的首都。" * 9, "Explain gravity"]
 
