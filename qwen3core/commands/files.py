@@ -92,13 +92,16 @@ def write(output: str, name: str, array: NDArray[np.float32], rows: Iterable[dic
 
 
 def output_name(value: str) -> str:
-    """An ``--output`` that can be written, as argparse's ``type``."""
+    """An ``--output`` of ``write``, as argparse's ``type``."""
+    return value if value == "-" else file_name(value, FORMATS)
+
+
+def file_name(value: str, formats: tuple[str, ...]) -> str:
+    """A file of one of these formats that can be written, as argparse's ``type``."""
     path = Path(value)
-    if value == "-":
-        return value
-    if not value.endswith(FORMATS) or path.is_dir():
+    if not value.endswith(formats) or path.is_dir():
         found = "a directory" if path.is_dir() else repr(value)
-        raise argparse.ArgumentTypeError(f"expected a name ending in {', '.join(FORMATS)}, or -, found {found}")
+        raise argparse.ArgumentTypeError(f"expected a name ending in {', '.join(formats)}, found {found}")
     if not os.access(path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"expected a directory to write in, found none at {path.parent}")
     return value
