@@ -12,7 +12,15 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "qwen3core"
-TOOLS = ("training", "evaluation", "commands", "weights.synthesize", "weights.merge", "weights.tiny_recipe")
+TOOLS = (
+    "training",
+    "evaluation",
+    "profiling",
+    "commands",
+    "weights.synthesize",
+    "weights.merge",
+    "weights.tiny_recipe",
+)
 """Rooms that import the core, and that no core file imports."""
 
 

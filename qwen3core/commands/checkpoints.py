@@ -1,25 +1,36 @@
-"""Checkpoints as such: inspect, parity, synthesize, merge."""
+"""Checkpoints as such: inspect, parity, profile, synthesize, merge."""
 
 import argparse
 import math
 import warnings
+from functools import partial
 from pathlib import Path
 
-from .. import parity
+from .. import parity, profiling, samples
+from ..embedder import Embedder
 from ..pretrained import open_tokenizer, with_tokens
+from ..reranker import Reranker
 from ..tokenizer import Tokenizer
 from ..weights import merge, synthesize
 from ..weights.build import open_model
 from ..weights.find import find
 from ..weights.layout import read_layout
-from .arguments import Commands, add_command, add_model_options, require_new
-from .files import add_inputs, read_inputs, text_of
+from .arguments import Commands, add_command, add_model_options, open_pretrained, require, require_new
+from .files import add_inputs, file_name, read_inputs, text_of
 
 
 def register(commands: Commands) -> None:
     """Add this group's commands and their arguments."""
     parser = add_command(commands, "parity", compare, "compare with transformers, layer by layer")
     add_inputs(parser, "texts to compare on", "--inputs")
+    add_model_options(parser)
+    parser = add_command(
+        commands, "profile", profile, "time, FLOPs and bytes of each operation, beside the machine's best"
+    )
+    add_inputs(parser, "texts, or a reranker's documents, of one call", "--texts")
+    picture = partial(file_name, formats=profiling.ENDINGS)
+    parser.add_argument("-o", "--output", type=picture, help=f"a picture: FILE{', '.join(profiling.ENDINGS)}")
+    parser.add_argument("--repeats", type=int, default=5, help="calls of which the fastest counts, default 5")
     add_model_options(parser)
     add_command(commands, "inspect", inspect, "configuration, tensors and tokenizer self-check")
     about = "write a checkpoint with random weights in the official layout"
@@ -37,13 +48,34 @@ def register(commands: Commands) -> None:
 
 def compare(args: argparse.Namespace) -> int:
     """Print the parity report; the exit status is 1 beyond tolerance."""
-    inputs = read_inputs(args.inputs, args.text) if args.inputs or args.text else ()
-    texts = [text_of(row, "text", where) for row, where in inputs]
+    texts = _texts(args.inputs, args.text)
     options = {name: getattr(args, name) for name in ("revision", "job", "dtype", "ops", "device", "max_length")}
     report = parity.parity(args.model, texts=texts or None, **options)
     print(report)
     print(f"\n{'Equal within tolerance.' if report.ok else 'NOT equal within tolerance.'}")
     return 0 if report.ok else 1
+
+
+def _texts(inputs: list[str], texts: list[str]) -> list[str]:
+    """The texts that the arguments name; none where they are none."""
+    rows = read_inputs(inputs, texts) if inputs or texts else ()
+    return [text_of(row, "text", where) for row, where in rows]
+
+
+def profile(args: argparse.Namespace) -> int:
+    """Print where the time of one call goes, and draw it."""
+    if args.output:
+        require("matplotlib", "matplotlib")
+    texts = _texts(args.texts, args.text) or [*samples.DOCUMENTS, samples.LONG_DOCUMENT]
+    if read_layout(find(args.model, revision=args.revision), job=args.job).job in Embedder.jobs:
+        report = profiling.profile(open_pretrained(Embedder, args), texts, repeats=args.repeats)
+    else:
+        pairs = [(samples.QUERIES[1], text) for text in texts]
+        report = profiling.profile(open_pretrained(Reranker, args), pairs, repeats=args.repeats)
+    print(report)
+    if args.output:
+        report.draw(args.output)
+    return 0
 
 
 def inspect(args: argparse.Namespace) -> int:
