@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 
-from qwen3core import Qwen3Config, reference
+from qwen3core import Qwen3Config, profiling, reference
 from qwen3core.batch import build_cu_seqlens
 from qwen3core.config import OFFICIAL_SIZES
 from qwen3core.kernels import attention, pooling, qk_norm_rope, rms_norm, swiglu
@@ -457,7 +457,7 @@ def main() -> None:
     sizes = {"tiny": TINY} if args.tiny else {model: OFFICIAL_SIZES[model] for model in args.model}
     folder = args.out or (None if args.tiny else harness.RESULTS)
     torch._functorch.config.donated_buffer = False  # a compiled graph's backward is run many times
-    environment, ceilings = harness.environment(DEVICE), harness.ceilings(DEVICE, DTYPE)
+    environment, ceilings = harness.environment(DEVICE), vars(profiling.ceilings(DEVICE, DTYPE))
     print(environment, ceilings)
     for kernel in args.kernel:
         found: list[dict] = []

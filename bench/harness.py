@@ -1,4 +1,4 @@
-"""The common timing harness: engines in alternation, ceilings measured in the same run, results as JSON."""
+"""The common timing harness: engines in alternation, results as JSON with the ceilings of the same run."""
 
 import json
 import platform
@@ -15,6 +15,7 @@ import numpy
 import torch
 import triton
 
+from qwen3core.profiling import device_name
 from qwen3core.writing import writing
 
 RESULTS = Path(__file__).parent / "results"
@@ -92,33 +93,17 @@ def failure(error: Exception) -> Timing:
     return {"error": f"{type(error).__name__}: {error}".split("\n")[0][:100]}
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Measure what this device reaches: {"matmul_tflops"} of a big product, {"copy_gbs"} read + written of a copy."""
-    size, copied = (8192, 2**30) if device.type == "cuda" else (1024, 2**27)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    source = torch.randint(1, 100, (copied,), device=device, dtype=torch.int8)
-    target = torch.empty_like(source)
-    times = compare({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, device, repeats=20)
-    return {
-        "matmul_tflops": 2 * size**3 / times["matmul"]["p50"] / 1e9,
-        "copy_gbs": 2 * copied / times["copy"]["p50"] / 1e6,
-    }
-
-
 def environment(device: torch.device) -> dict[str, Any]:
     """Describe the machine and the versions that the numbers depend on."""
-    found: dict[str, Any] = {"device": platform.machine(), "date": date.today().isoformat()}
+    found: dict[str, Any] = {"device": device_name(device), "date": date.today().isoformat()}
     found |= {"python": platform.python_version()}
     found |= {"torch": torch.__version__, "triton": triton.__version__, "interpreter": triton.knobs.runtime.interpret}
     if device.type == "cuda":
-        found |= {"device": torch.cuda.get_device_name(device), "cuda": torch.version.cuda or torch.version.hip}
+        found |= {"cuda": torch.version.cuda or torch.version.hip}
         if shutil.which("nvidia-smi"):
             command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
             found["driver"] = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0]
         return found
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and (model := re.search(r"model name\s*: (.*)", cpuinfo.read_text("utf-8"))):
-        found["device"] = model[1]
     return found | {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
 
 

@@ -15,6 +15,7 @@ import torch
 
 from bench import harness, report
 from bench.workloads import WORKLOADS, Row, Setup
+from qwen3core import profiling
 from qwen3core.weights.synthesize import synthesize
 
 
@@ -30,7 +31,7 @@ def main() -> None:
                 print(line(row), flush=True)
                 found.append(row)
             if args.full:
-                ceilings = harness.ceilings(torch.device(setup.device), getattr(torch, args.dtype))
+                ceilings = vars(profiling.ceilings(torch.device(setup.device), getattr(torch, args.dtype)))
                 path = harness.save(harness.RESULTS, f"{name}_{args.dtype}", found, environment, ceilings)
         if args.full:
             from bench import plot
