@@ -40,11 +40,13 @@ from .writing import writing
 
 ENDINGS = (".png", ".svg", ".pdf")
 """Endings of the pictures that ``Profile.draw`` writes."""
-BETWEEN = "between the operations"
-SHOWN = 0.002
+_BETWEEN = "between the operations"
+"""Name of the time that is in no operation."""
+_SHOWN = 0.002
 """Share of the time from which on an operation has its point in the picture."""
-POOLING = ("pool", "norm_pool", "norm_score")
-Mark = Any
+_POOLING = ("pool", "norm_pool", "norm_score")
+"""Operations that may read one row of each text."""
+_Mark = Any
 """A point in time: seconds, or on a GPU an event."""
 
 
@@ -53,9 +55,9 @@ class Ceilings:
     """What a machine reaches at best."""
 
     matmul_tflops: float
-    """Of a large matrix product in the compute dtype."""
+    """TFLOP/s of a large matrix product in the compute dtype."""
     copy_gbs: float
-    """Of a large copy, bytes read and written."""
+    """GB/s of a large copy, bytes read and written."""
 
     def seconds(self, flops: float, bytes: float) -> float:
         """The least time that so much work takes."""
@@ -72,11 +74,13 @@ class Row:
     """A projection's name, a field of ``Ops`` (``qk_norm_rope`` also where it is not fused), ``embed_tokens``,
     ``tokenizer``, or ``residual add``: from the end of a block's last product on, where no operation does it."""
     calls: int
+    """Number of calls; more than one in a layer where there are several batches, or blocks of rows."""
     seconds: float
+    """Time of them all."""
     flops: float
     """As ``count_flops`` has it."""
     bytes: float
-    """Of every tensor that goes in or comes out, once, as it is stored: what moves if no cache holds any of it."""
+    """Size of every tensor that goes in or comes out, once, as it is stored: what moves if no cache holds any of it."""
     limit: float = 0
     """Seconds that the ceilings allow."""
 
@@ -94,6 +98,7 @@ class Profile:
     seconds: float
     """The whole call, timed by itself, without what times its parts."""
     ceilings: Ceilings
+    """What the machine reached, measured between the calls."""
 
     def by_operation(self) -> list[Row]:
         """One row for each operation, over all layers, in the order computed."""
@@ -111,16 +116,16 @@ class Profile:
 
     def __str__(self) -> str:
         """Two tables, by operation and by layer; shares are those of the whole call."""
-        head = "calls | ms | share | GFLOP | GFLOP/s | MB | GB/s | of the ceiling |\n|---" + "|---:" * 8 + "|"
-        parts = {"operations": self.seconds - self.between, BETWEEN: self.between, "whole": self.seconds}
+        columns = "calls | ms | share | GFLOP | GFLOP/s | MB | GB/s | of the ceiling |\n|---" + "|---:" * 8 + "|"
+        parts = {"operations": self.seconds - self.between, _BETWEEN: self.between, "whole": self.seconds}
         return "\n".join(
             [
                 f"{self.title}\n{self.ops}",
                 f"Ceilings: {self.ceilings.matmul_tflops * 1e3:.0f} GFLOP/s, {self.ceilings.copy_gbs:.1f} GB/s",
-                f"\n| operation | {head}",
+                f"\n| operation | {columns}",
                 *(self._line(row.operation, row) for row in self.by_operation()),
                 *(f"| {name} | | {s * 1e3:.2f} | {s / self.seconds:.1%} | | | | | |" for name, s in parts.items()),
-                f"\n| layer | {head}",
+                f"\n| layer | {columns}",
                 *(self._line(str(row.layer), row) for row in self.by_layer()),
             ]
         )
@@ -153,7 +158,7 @@ class Profile:
 
     def _draw_roofline(self, axes: Any, colors: dict[str, Any]) -> None:
         """FLOPs per second by FLOPs per byte; the area of a point is the operation's share of the time."""
-        rows = [row for row in self.by_operation() if row.flops and row.seconds > SHOWN * self.seconds]
+        rows = [row for row in self.by_operation() if row.flops and row.seconds > _SHOWN * self.seconds]
         top, slope = self.ceilings.matmul_tflops * 1e3, self.ceilings.copy_gbs
         places = {row.operation: (row.flops / row.bytes, row.flops / row.seconds / 1e9) for row in rows}
         ends = (min(x for x, _ in places.values()) / 3, max(top / slope, *(x for x, _ in places.values())) * 3)
@@ -171,7 +176,7 @@ class Profile:
     def _draw_times(self, axes: Any, colors: dict[str, Any]) -> None:
         """Milliseconds of each operation, and in them those that the ceilings allow."""
         rows = self.by_operation()
-        names = [*(row.operation for row in rows), BETWEEN]
+        names = [*(row.operation for row in rows), _BETWEEN]
         seconds = [*(row.seconds for row in rows), self.between]
         bars = axes.barh(names, [1e3 * s for s in seconds], color=[colors.get(name, "0.8") for name in names])
         axes.bar_label(bars, [f"{s / self.seconds:.1%}" for s in seconds], padding=3, fontsize=8)
@@ -253,11 +258,11 @@ class _Timer:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.calls: list[tuple[Row, Mark, Mark]] = []
+        self.calls: list[tuple[Row, _Mark, _Mark]] = []
         self.tokens = 0
         self.layer: int | None = None
-        self.start: Mark = None
-        """Of the matrix that is in use."""
+        self.start: _Mark = None
+        """When the matrix that is in use began."""
         self.pairs = cache(visible_pairs)  # a GPU is waited for once in a batch, not in every layer
 
     @contextmanager
@@ -298,7 +303,7 @@ class _Timer:
             end = _mark(self.device)
             if operation == "rms_norm":
                 self.add_residual("o_proj", args[0], start)
-            if operation in POOLING and allows(function).last_token and not options:
+            if operation in _POOLING and allows(function).last_token and not options:
                 args = (args[0][: len(out)], *args[1:])  # as many rows are read as come out
             pairs = self.pairs(*args[3:5], options.get("causal", True)) if operation == "attention" else 0
             outs = out if isinstance(out, tuple) else (out,)
@@ -332,13 +337,13 @@ class _Timer:
         self.add_residual("down_proj", out, _mark(self.device))
         self.layer = None
 
-    def add_residual(self, product: str, x: Tensor, end: Mark) -> None:
+    def add_residual(self, product: str, x: Tensor, end: _Mark) -> None:
         """Record what has come after this product, if it was the last operation: a sum of x's shape."""
         last, _, start = self.calls[-1]
         if last.operation == product:
             self.add("residual add", start, end, x.numel(), (x, x, x))
 
-    def add(self, operation: str, start: Mark, end: Mark, flops: float, tensors: Iterable[Any]) -> None:
+    def add(self, operation: str, start: _Mark, end: _Mark, flops: float, tensors: Iterable[Any]) -> None:
         """Record a call that reads and writes these tensors."""
         moved = sum(x.nbytes for x in tensors if isinstance(x, Tensor))
         self.calls.append((Row(self.layer, operation, 1, 0, flops, moved), start, end))
@@ -408,7 +413,7 @@ def _fastest(run: Callable[[], object], device: torch.device) -> float:
     return min(times[1:])
 
 
-def _mark(device: torch.device) -> Mark:
+def _mark(device: torch.device) -> _Mark:
     """Now, on the device."""
     if device.type != "cuda":
         return time.perf_counter()
@@ -417,7 +422,7 @@ def _mark(device: torch.device) -> Mark:
     return event
 
 
-def _elapsed(start: Mark, end: Mark) -> float:
+def _elapsed(start: _Mark, end: _Mark) -> float:
     """Seconds between two marks; a GPU is waited for."""
     if isinstance(start, float):
         return end - start
