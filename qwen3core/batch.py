@@ -27,6 +27,7 @@ from torch import Tensor
 from .errors import InputError
 
 ALL_ROWS = slice(None)
+"""As ``queries`` or ``keys`` of a layout: every row, without a copy."""
 Prefix = tuple[int, ...]
 """Token ids that several sequences begin with; empty for a sequence that shares nothing."""
 KeysValues = list[tuple[Tensor, Tensor]]
@@ -46,7 +47,9 @@ class VarlenLayout:
     cu_seqlens_k: Tensor
     """[sequences + 1] int32 on the batch's device."""
     max_seqlen_q: int
+    """Most queries of a sequence."""
     max_seqlen_k: int
+    """Most keys of a sequence."""
 
 
 @dataclass(frozen=True)

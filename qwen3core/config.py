@@ -72,16 +72,27 @@ class Qwen3Config:
     """
 
     vocab_size: int
+    """Rows of ``embed_tokens``."""
     hidden_size: int
+    """``H``: width of the residual stream."""
     intermediate_size: int
+    """``I``: width of the MLP."""
     num_hidden_layers: int
+    """Layers that the checkpoint has."""
     num_attention_heads: int
+    """``Hq``: query heads."""
     num_key_value_heads: int
+    """``Hkv``: key and value heads; ``Hq / Hkv`` query heads share each."""
     max_position_embeddings: int
+    """The longest text in tokens, before any stretching of RoPE."""
     rope_theta: float
+    """Base of RoPE's angles: pair i turns by ``rope_theta ** (-2 i / D)`` per position."""
     head_dim: int = 128
+    """``D``: width of a head."""
     rms_norm_eps: float = 1e-6
+    """Added to the mean square under the root of every norm."""
     tie_word_embeddings: bool = False
+    """Whether the lm_head is ``embed_tokens``."""
     dtype: str | None = None
     """Name of the dtype the checkpoint was saved for (``torch_dtype`` in older files)."""
     is_causal: bool = True

@@ -40,6 +40,7 @@ class Layout:
     job: str | None = None
     """``"embedding"``, ``"reranker"``, ``"late interaction"``, ``"chat"``; None where the files do not say."""
     causal: bool = True
+    """Whether a token sees only those before it, and itself; else all of its text."""
     pooling: tuple[str, ...] = LAST_TOKEN
     """Modes of ``reference.pool``, side by side."""
     include_prompt: bool = True
@@ -51,9 +52,13 @@ class Layout:
     normalize: bool = True
     """Unit length at the end."""
     truncate_dim: int | None = None
+    """Length that vectors are cut to, before they are normalised; None: whole."""
     similarity: str = "cosine"
+    """``"cosine"``, ``"dot"``, ``"euclidean"``, ``"manhattan"``; of late interaction ``"maxsim"``, ``"meanmaxsim"``."""
     prompts: Mapping[str, str] = field(default_factory=lambda: EMBEDDING_PROMPTS)
+    """What is put before embedding inputs, by name."""
     default_prompt_name: str | None = None
+    """The prompt where a call names none; None: no prompt."""
     score: str = "lm_head"
     """Where a reranker's score comes from: rows of ``lm_head``, of ``score``, or the last of ``modules``."""
     answers: tuple[int, ...] = ()
@@ -61,7 +66,9 @@ class Layout:
     labels: tuple[str, ...] = ("yes",)
     """What each number of a score says."""
     activation: str = "Sigmoid"
+    """Class of torch.nn that a score passes through."""
     template: Template = RERANKER
+    """What surrounds a reranker's pair."""
     instruction: str = DEFAULT_TASK
     """Where a call gives none."""
     opening: tuple[int, ...] = ()
@@ -69,9 +76,13 @@ class Layout:
     closing: tuple[int, ...] = ()
     """Tokens after an embedding input."""
     max_length: int | None = None
+    """Tokens per input, where a call says nothing; None: the decoder's limit."""
     lower_case: bool = False
+    """Whether text is put in lower case first."""
     query_length: int | None = None
+    """Tokens of a query, of late interaction; None: ``max_length``."""
     document_length: int | None = None
+    """The same of a document."""
     skiplist: tuple[str, ...] = ()
     """Tokens of documents that late interaction leaves out."""
 

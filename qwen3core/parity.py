@@ -46,8 +46,11 @@ States = dict[str, dict[tuple[int, ...], Tensor]]
 Calls = list[tuple[str, list[Any]]]
 """Methods that both implementations have, and their inputs."""
 Run = Callable[[str, list[Any]], Tensor]
+"""A function of a method's name and its inputs to the results."""
 CLASSES = {"embedding": "SentenceTransformer", "reranker": "CrossEncoder", "late interaction": "MultiVectorEncoder"}
+"""sentence-transformers' class, by job."""
 RESULTS = {"embedding": "pooled", None: "score", "reranker": "score", "late interaction": "token vectors"}
+"""The name of the last row of a report, by job."""
 
 FP32_TOLERANCE = 1e-5
 """float32: largest relative difference of a layer; of vectors and scores the largest absolute one, over their largest
@@ -68,6 +71,7 @@ class Row:
     """One point, all errors over its whole tensor; for ``token ids``, the number and share of texts that differ."""
 
     point: str
+    """One of ``hooks.POINTS``, ``token ids``, or the result."""
     max_abs: float
     """max |ours - transformers|"""
     relative: float
@@ -77,15 +81,21 @@ class Row:
     error_ours: float
     """|ours - float64| / |float64|"""
     ok: bool
+    """Whether the error is within tolerance."""
 
 
 @dataclass(frozen=True)
 class Report:
+    """What ``parity`` found; ``str`` of it is Markdown."""
+
     title: str
+    """Checkpoint, dtype, size, device, and the library compared with."""
     rows: list[Row]
+    """From the token ids to the result."""
 
     @property
     def ok(self) -> bool:
+        """Whether every row is."""
         return all(row.ok for row in self.rows)
 
     def __str__(self) -> str:

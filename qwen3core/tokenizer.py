@@ -65,10 +65,13 @@ class Tokenizer:
             self.backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *others])
         added = self.backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        """Ids of the tokens that tokenizer.json marks as special."""
         self.backend.encode_special_tokens = False
         self.eos = self.single(prompts.EOS)
+        """Id of ``<|endoftext|>``."""
         self.opening, self.closing = self._post_processor()
         self.appends_eos = closes and not self.closing
+        """Whether EOS comes from here, not from tokenizer.json."""
         if self.appends_eos:
             self.closing = [self.eos]
         self.template = self._split(template)

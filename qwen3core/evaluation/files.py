@@ -18,7 +18,9 @@ class Retrieval:
     """Texts of documents and of queries by id, and which documents are relevant to each query."""
 
     corpus: dict[str, str]
+    """Document id to text, its title first."""
     queries: dict[str, str]
+    """Query id to text."""
     qrels: dict[str, dict[str, int]]
     """Query id to document id to relevance; above 0 is relevant. A document need not be in the corpus."""
     absent_queries: int = 0

@@ -22,12 +22,16 @@ SHOWN = 10
 
 @dataclass(frozen=True)
 class Example:
-    """A query with a text that answers it and texts that do not; instruction: the task, if it has its own."""
+    """A query with a text that answers it and texts that do not."""
 
     query: str
+    """The query, without its instruction."""
     positive: str
+    """A text that answers it."""
     negatives: tuple[str, ...] = ()
+    """Texts that do not."""
     instruction: str | None = None
+    """The task, if the query has one of its own."""
 
 
 def read_examples(paths: Sequence[str | Path]) -> list[Example]:

@@ -25,6 +25,7 @@ class Options:
     """How to train. Raises InputError for a number that is none."""
 
     epochs: float = 1.0
+    """Passes over all examples; 0.5 is half of one."""
     batch_size: int = 32
     """Examples of one step, over all processes."""
     batch_tokens: int = 8192
@@ -34,7 +35,9 @@ class Options:
     warmup: float = 0.05
     """Share of the steps."""
     weight_decay: float = 0.0
+    """AdamW's."""
     max_grad_norm: float = 1.0
+    """Longer gradients are cut to this length."""
     bfloat16: bool = False
     """Matrix products in bfloat16, by autocast; weights, sums and norms stay float32."""
     recompute: bool = False
@@ -42,6 +45,7 @@ class Options:
     save_every: int = 500
     """Steps between states to resume from."""
     seed: int = 0
+    """Decides the order of the examples."""
 
     def __post_init__(self) -> None:
         check_number("epochs", self.epochs, 0, 1e6, above=True)

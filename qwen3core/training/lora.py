@@ -13,6 +13,7 @@ from ..weights.tensors import beside_weights, copy_within
 from ..writing import writing_into
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""Modules that get an adapter: every projection."""
 
 
 def add_lora(model: Qwen3Model, rank: int, *, seed: int = 0) -> None:

@@ -28,6 +28,7 @@ class Task:
     """A task of ``size`` examples: ``embedding_task``, ``reranking_task``, or one of your own."""
 
     size: int
+    """How many examples there are."""
     batch: Callable[[list[int]], Batch]
     """The sequences of some examples, given by number."""
     outputs: Callable[[Qwen3Model, PackedBatch], Tensor]
