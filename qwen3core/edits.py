@@ -1,9 +1,11 @@
 """Usual edits: functions for ``hooks.edit``, written with nothing but what it gives them.
 
-with edit(reranker, {"layers.2.mlp_out": zero}): ...                                # ablation
-with edit(reranker, {"layers.1.resid_post": patch(acts, positions=5)}): ...         # activation patching
-with edit(embedder, {"layers.2.resid_post": add(vector, positions=None)}): ...      # steering
-with edit(reranker, replace_head(3, 7, mean_ablate(acts))): ...                     # one head
+    with edit(reranker, {"layers.2.mlp_out": zero}): ...                                # ablation
+    with edit(reranker, {"layers.1.resid_post": patch(acts, positions=5)}): ...         # activation patching
+    with edit(embedder, {"layers.2.resid_post": add(vector, positions=None)}): ...      # steering
+    with edit(reranker, replace_head(3, 7, mean_ablate(acts))): ...                     # one head
+
+Those that take no positions change every row.
 """
 
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from .hooks import Activations, with_where
 from .points import Positions, Where, several
 
 Edit = Callable[[Tensor, Where], Tensor]
+"""A function of a point's tensor, and of what its rows are, to the tensor that goes on in its place."""
 
 
 def zero(x: Tensor) -> Tensor:

@@ -58,7 +58,9 @@ class Embedder(Pretrained):
     ) -> None:
         super().__init__(model, tokenizer, max_length=max_length, prefix_cache_tokens=prefix_cache_tokens)
         self.prompts = dict(model.layout.prompts)
+        """What is put before texts, by name; yours to change."""
         self.default_prompt_name = model.layout.default_prompt_name
+        """The prompt where a call names none; None: no prompt."""
 
     @overload
     def encode_query(

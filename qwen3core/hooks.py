@@ -130,6 +130,7 @@ class Stopped(Exception):
 
     def __init__(self, capture: object) -> None:
         self.capture = capture
+        """The activations of the capture that stops."""
 
 
 @contextmanager

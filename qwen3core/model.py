@@ -80,11 +80,15 @@ class Qwen3Model(nn.Module):
         if not weight.is_meta:  # there, a normal_ that fills nothing imports half of torch (1.5 s)
             weight.normal_(std=0.02)
         self.embed_tokens = nn.Embedding.from_pretrained(weight, freeze=False)
+        """[vocab_size, H]."""
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        """``DecoderLayer`` each, or modules of your own; what is assigned here is what runs."""
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        """The final norm."""
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if lm_head else None
         scored = self.layout.score == "score"
         self.score = nn.Linear(config.hidden_size, len(self.layout.labels), bias=False) if scored else None
+        """[labels, H], where a reranker's score is not a difference of logits."""
         for module in self.layout.modules:
             if isinstance(module, Dense):
                 self.add_module(module.path, DenseLayer(module))

@@ -24,7 +24,9 @@ from .errors import InputError
 from .reference import allows
 
 OPERATIONS = ("linear", "rms_norm", "rope", "attention", "swiglu", "pool")
+"""Fields of ``Ops`` that every set has."""
 FUSED = ("add_rms_norm", "qk_norm_rope", "norm_pool", "norm_score")
+"""Fields of ``Ops`` that stand for several of them."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,17 @@ class Ops:
     """
 
     linear: Callable[[Tensor, Tensor], Tensor]
+    """(x, weight) to x @ weight.T"""
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    """(x, weight, eps); q_norm and k_norm as well"""
     rope: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """(queries or keys, cos, sin)"""
     attention: Callable[..., Tensor]
+    """(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) to z"""
     swiglu: Callable[[Tensor, Tensor], Tensor]
+    """(gate, up) to silu(gate) * up"""
     pool: Callable[[Tensor, Tensor, int, bool], Tensor]
+    """(hidden_states, cu_seqlens, dim, normalize) to one vector for each text"""
 
     add_rms_norm: Callable[[Tensor, Tensor, float, Tensor], tuple[Tensor, Tensor]] | None = None
     """(x, weight, eps, residual) to (rms_norm(x + residual), x + residual)"""

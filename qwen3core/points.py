@@ -54,10 +54,11 @@ class Where:
     """What the rows of a point's tensor are: of its first dimension, of ``scores`` and ``pattern`` the queries."""
 
     name: str
-    """Of the point."""
+    """Full name of the point."""
     batch: PackedBatch
+    """The batch that is computed."""
     sequence: int | None = None
-    """Of scores and pattern: which of the batch's sequences."""
+    """Which of the batch's sequences, where the tensor is one sequence's: scores and pattern."""
 
     @cached_property
     def rows(self) -> dict[int, slice]:
@@ -133,6 +134,7 @@ class Hook:
     points: frozenset[str]
     """Full names."""
     function: Callable[[Tensor, Where], Tensor]
+    """What is called with the tensor of each of them."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,9 @@ class Hooks:
     """A model's hooks in one forward pass: ``hook(name, x)`` is x, or what they made of it."""
 
     active: Sequence[Hook]
+    """In the order in which they were entered."""
     batch: PackedBatch
+    """The batch that is computed."""
     prefix: str = ""
     """What comes before each name."""
 

@@ -32,6 +32,7 @@ from .weights.layout import read_layout
 from .weights.save import save_model
 
 MAX_LENGTH = 8192
+"""Tokens of an input, unless the checkpoint or the caller says."""
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens of a batch, unless the caller says: enough for the matrix products, and no more memory than that takes."""
 TEXTS_PER_BLOCK = 1024
@@ -65,9 +66,13 @@ class Pretrained:
         self.directory = tokenizer.path.parent
         """The checkpoint's, whose files ``save`` takes over."""
         self.model = model
+        """The decoder, with its ops and its layout."""
         self.tokenizer = tokenizer
+        """The checkpoint's tokenizer."""
         self.max_length = max_length
+        """Tokens per input, template included."""
         self.prefix_cache = PrefixCache(prefix_cache_tokens)
+        """Keys and values of prompts and queries, from one call to the next; empty unless asked for."""
         if any(weight.untyped_storage().resizable() for weight in model.parameters()):
             use_threads()  # weights that are not pages of a file were converted, by threads
 
@@ -185,6 +190,7 @@ class Pretrained:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.model.embed_tokens.weight.device
 
     @property

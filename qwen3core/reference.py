@@ -59,6 +59,7 @@ def allows(function: Callable[..., Any]) -> Allows:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or in its own dtype if that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
