@@ -98,7 +98,7 @@ class Profile:
     seconds: float
     """The whole call, timed by itself, without what times its parts."""
     ceilings: Ceilings
-    """What the machine reached, measured between the calls."""
+    """What the machine reached, before the calls or after them."""
 
     def by_operation(self) -> list[Row]:
         """One row for each operation, over all layers, in the order computed."""
@@ -211,13 +211,14 @@ def profile(pretrained: Embedder | Reranker, inputs: Iterable[Any], *, repeats: 
         raise InputError("profile: expected one or more inputs, found none")
     plain = copy.copy(pretrained)
     plain.prefix_cache = PrefixCache(0)
-    wholes, timed, tops = [], [], []
+    tops = [ceilings(plain.device, plain.dtype)]  # before and after: in between, their copies would empty the caches
+    wholes, timed = [], []
     for _ in range(1 + repeats):
-        tops.append(ceilings(plain.device, plain.dtype))
         start = time.perf_counter()
         _call(plain, inputs)
         wholes.append(time.perf_counter() - start)
         timed.append(_parts(plain, inputs))
+    tops.append(ceilings(plain.device, plain.dtype))
     top = Ceilings(max(each.matmul_tflops for each in tops), max(each.copy_gbs for each in tops))
     rows, tokens = min(timed[1:], key=lambda parts: sum(row.seconds for row in parts[0]))
     rows = [replace(row, limit=top.seconds(row.flops, row.bytes)) for row in rows]
