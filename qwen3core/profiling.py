@@ -190,8 +190,9 @@ def profile(pretrained: Embedder | Reranker, inputs: Iterable[Any], *, repeats: 
     """Time a call of ``encode``, ``encode_tokens`` (late interaction) or ``predict``, whole and by its operations.
 
     After a warm-up of both, calls that are timed whole and calls that are timed by their parts take turns, ``repeats``
-    times; the times are those of the fastest call of either. Shortcuts are taken as ever, but the prefix cache is empty
-    at each call. With more than 1024 texts the tokenizer works while the model does, and the parts exceed the whole.
+    times; the times are those of the fastest call of either, whose difference is chance on a busy machine. Shortcuts
+    are taken as ever, but the prefix cache is empty at each call. With more than 1024 texts the tokenizer works while
+    the model does, and the parts exceed the whole.
 
     Args:
         pretrained: an open checkpoint; no other thread may use it meanwhile.

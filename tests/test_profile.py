@@ -203,6 +203,30 @@ def test_tables_add_up(embedder):
     assert float(table["q_proj"][6]) == pytest.approx(q_proj.bytes / q_proj.seconds / 1e9, rel=0.01)
 
 
+def test_marks_on_a_gpu_are_events(monkeypatch):
+    """As far as this can be seen without one: recorded in order, waited for, in milliseconds."""
+    recorded: list[Any] = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+            self.done = False
+
+        def record(self):
+            recorded.append(self)
+
+        def synchronize(self):
+            self.done = True
+
+        def elapsed_time(self, end):
+            assert end.done
+            return 1.5 * (recorded.index(end) - recorded.index(self))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    start, end = (profiling._mark(torch.device("cuda")) for _ in range(2))
+    assert profiling._elapsed(start, end) == pytest.approx(1.5e-3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
