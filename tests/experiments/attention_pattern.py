@@ -18,7 +18,7 @@ for name, pattern, tokens in zip(names, acts.per_text("layers.2.pattern"), acts.
     assert torch.allclose(pattern.sum(2), torch.ones(()))
     assert not pattern.triu(1).any()
     called, document, colon = tokens.index(" called"), tokens.index("<Document"), tokens.index(":")
-    of_name = [*range(called + 1, document - 1), *range(document + 2, colon)]
+    of_name = [*range(called + 1, document - 1), *range(document + 2, colon)]  # of the query, of the document
     on_names[name] = float(pattern[1, -1, of_name].sum())
 query, first = acts.tokens[0].index("<Query"), acts.per_text("layers.2.pattern")[0][1]
 heatmap(first[query:, query:], acts.tokens[0][query:], acts.tokens[0][query:], "Layer 2, head 1: rows look at columns")
