@@ -4,7 +4,7 @@
         embedder.encode(texts)
     acts["layers.3.resid_post"]             # [T, H], packed, in the order computed
     acts.per_text("layers.3.pattern")       # one [Hq, length, length] per text, in the caller's order
-    acts.at("layers.3.resid_post", text=1)  # [H], of text 1's last token
+    acts.at("layers.3.resid_post", text=1)  # [H], of text 1's last token; text=None: [N, H], of each text's
     acts.tokens                             # the strings of each text's tokens
 
     with edit(embedder, {"layers.3.attn_out": lambda x: 0 * x}):    # or lambda x, where: ..., see Where and edits.py
@@ -35,7 +35,7 @@ X = TypeVar("X")
 
 
 class Activations(Mapping[str, Tensor]):
-    """What a capture recorded, by point name."""
+    """What a capture recorded, by point name; texts are in the caller's order, but packed rows in that computed."""
 
     def __init__(self, names: Sequence[str], decode: Callable[[Sequence[int]], str] | None = None) -> None:
         self._records: dict[str, list[tuple[Where, Tensor]]] = {name: [] for name in names}
@@ -67,18 +67,25 @@ class Activations(Mapping[str, Tensor]):
         """
         return _in_order(name, self._of_each(name))
 
-    def at(self, name: str, text: int = 0, position: Positions = "last") -> Tensor:
+    def at(self, name: str, text: int | None = 0, position: Positions = "last") -> Tensor:
         """One token's row of a point, [H] say; of scores and pattern, a query's [Hq, len_k]; of pooled, the text's.
 
-        text: index in the caller's list. position: in the text, negative ones from its end; a list of them, or None for
-        all, gives their rows, [positions, H]. Raises InputError.
+        text: index in the caller's list; None for all, [N, H]. position: in the text, negative ones from its end; a
+        list of them, or None for all, gives their rows, [positions, H]. Raises InputError.
         """
+        if text is None:
+            return torch.stack([self.at(name, each, position) for each in self.texts])
         for where, x in self._passes(name):
             if text in where.rows:
                 numbers = where.numbers(text, "last" if name in TEXT_POINTS else position)
                 rows = x.index_select(where.dim, torch.tensor(numbers, device=x.device))
                 return rows.select(where.dim, 0) if isinstance(position, int | str) else rows
         raise InputError(f"text: expected one of the capture's, found {text!r}")
+
+    @property
+    def texts(self) -> list[int]:
+        """The texts' indices in the caller's list, in the order of ``per_text``; with ``into``, those of one batch."""
+        return [int(texts[0]) for texts in self._of_tokens(lambda where: where.texts)]
 
     @property
     def tokens(self) -> list[list[str]]:
@@ -150,8 +157,8 @@ def capture(
         patterns: names of ``POINTS``, or patterns of them.
         stop_at: a point after which nothing is computed; ``encode`` and ``predict`` go through all batches and return
             None, a call of the model itself ends the block. It need not be recorded.
-        into: a function that is given each batch's activations, once complete; none are held here then, so that any
-            number of texts passes in steady memory (``stream`` for more than fit in a list).
+        into: a function that is given each batch's activations (``texts`` says whose), once complete; none are held
+            here then, so that any number of texts passes in steady memory (``stream`` for more than fit in a list).
         detach, device, dtype: how tensors are stored: without their graph, where, and as what.
 
     Yields:
@@ -179,13 +186,15 @@ def capture(
     recorded = list(dict.fromkeys(chain.from_iterable(names.values())))
     acts = held = Activations(recorded, tokenizer and tokenizer.decode)
     of_batch: PackedBatch | None = None
+    grad_enabled = torch.is_grad_enabled()
     computed: set[str] = set()
 
     def hand_over() -> None:
         nonlocal held
         complete, held = held, Activations(recorded, acts._decode)
         if into is not None and complete:
-            into(complete)
+            with torch.set_grad_enabled(grad_enabled):  # encode runs without
+                into(complete)
 
     def record(x: Tensor, where: Where) -> Tensor:
         nonlocal of_batch

@@ -364,7 +364,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor, op: Callable[..., Any], *args: Any) -> Any:
+    def forward(self, x: Tensor, op: Callable[..., Any] = reference.rms_norm, *args: Any) -> Any:
         """Apply ``ops.rms_norm``, or a fused op that takes the same weight and more arguments after eps."""
         return op(x, self.weight.to(x.dtype), self.eps, *args)
 

@@ -16,8 +16,8 @@ FOLDER = ROOT / "tests" / "experiments"
 SOURCES = {path.stem: path.read_text("utf-8") for path in sorted(FOLDER.glob("*.py")) if path.stem != "lab"}
 FIGURES = ("bars", "heatmap")
 MISTAKES = {
-    "retrieval_by_layer": ("x[-1]", "x[0]"),
-    "logit_lens": ("model.norm(last_tokens, model.ops.rms_norm)", "last_tokens"),
+    "retrieval_by_layer": ("text=None", "text=None, position=0"),
+    "logit_lens": ("model.norm(acts.at(name, text=None))", "acts.at(name, text=None)"),
     "head_ablation": ("mean_ablate(usual)", "lambda z: z"),
     "activation_patching": ("patch(acts, position)", "patch(acts, position - 1)"),
     "attribution": ("embeddings.clone()", "x.clone()"),
@@ -25,7 +25,7 @@ MISTAKES = {
     "pooling": ("include_prompt=False", "include_prompt=True"),
     "bidirectional": ("causal=False", "causal=True"),
     "probe": ("per_text(name)", 'per_text("embed")'),
-    "steering": ("x[-1]", "x[0]"),
+    "steering": ("text=None", "text=None, position=0"),
     "pruning": ("layers[i + 1 :]", "layers[i:]"),
     "own_loss": ("    optimizer.step()\n", ""),
 }

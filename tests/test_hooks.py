@@ -341,6 +341,9 @@ def test_tokens_and_positions(embedder):
         assert torch.equal(acts.at("layers.0.resid_post", text, None), part)
         assert torch.equal(acts.at("layers.0.pattern", text, 1), pattern[:, 1])
         assert torch.equal(acts.at("pooled", text), acts.per_text("pooled")[text])
+    assert acts.texts == [0, 1, 2, 3]
+    assert torch.equal(acts.at("pooled", None), torch.stack(acts.per_text("pooled")))
+    assert torch.equal(acts.at("layers.0.resid_post", None, 0)[1], acts.at("layers.0.resid_post", 1, 0))
     with pytest.raises(
         InputError, match=r"positions: expected 'last', or numbers from 0 to 1 or .* of text 1, found 2"
     ):
@@ -395,10 +398,12 @@ def test_into_hands_over_each_batch_once(embedder):
     with capture(embedder, "layers.2.resid_post", "pooled") as whole:
         vectors = embedder.encode(TEXTS * 3, convert_to_tensor=True)
     handed: dict[str, list[torch.Tensor]] = {"layers.2.resid_post": [], "pooled": []}
-    batches = []
+    batches, seen = [], []
 
     def receive(acts):
+        assert torch.is_grad_enabled()  # a probe can learn, though encode records nothing
         batches.append(len(acts.input_ids))
+        seen.extend(acts.texts)
         for name, parts in handed.items():
             parts.extend(acts.per_text(name))
 
@@ -408,6 +413,7 @@ def test_into_hands_over_each_batch_once(embedder):
     assert not empty
     assert len(batches) > 3
     assert sum(batches) == len(TEXTS) * 3 == len(handed["pooled"])
+    assert sorted(seen) == sorted([*range(5), *range(5), 0, 1])  # of the blocks of 5, 5 and 2
     for name, parts in handed.items():
         ours, expected = (torch.stack([x.sum() for x in y]).sort()[0] for y in (parts, whole.per_text(name)))
         assert (ours - expected).abs().max() <= HIDDEN_FP32 * expected.abs().max()

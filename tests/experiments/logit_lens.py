@@ -18,8 +18,7 @@ with capture(reranker, "embed", "layers.*.resid_post") as acts:
     logits = reranker.predict(right + wrong, logit=True, convert_to_tensor=True)
 gap = {}
 for name in acts:
-    last_tokens = torch.stack([x[-1] for x in acts.per_text(name)])
-    lens = (model.norm(last_tokens, model.ops.rms_norm) @ (yes - no)).detach()
+    lens = (model.norm(acts.at(name, text=None)) @ (yes - no)).detach()
     gap[name] = float(lens[:50].mean() - lens[50:].mean())
 bars(gap, "Logit of yes, right minus wrong documents")
 assert abs(gap["embed"]) < 1e-4

@@ -1,10 +1,9 @@
 """Does a token's stream say whether the definition has begun?
 
 Texts are "words: definition". A linear probe learns from the stream whether the colon has passed, while the model
-runs: ``into`` hands each batch's activations over and holds none, so that any number of texts would do. ``grad`` is
-for the probe; ``detach`` ends its gradient there. Accuracy is that on a batch before it is learned from. From the
-embeddings, which know the token alone, the probe gets some right, since definitions use other words; after two layers
-many more.
+runs: ``into`` hands each batch's activations over and holds none, so that any number of texts would do. Accuracy is
+that on a batch before it is learned from. From the embeddings, which know the token alone, the probe gets some right,
+since definitions use other words; after two layers many more.
 """
 
 import torch
@@ -29,7 +28,7 @@ def learn(acts) -> None:
     optimizer.zero_grad()
 
 
-with capture(embedder, *probes, into=learn, detach=True, stop_at="layers.1.resid_post"):
-    embedder.encode(held_out(queries=1, documents=3000).corpus.values(), batch_tokens=1024, grad=True)
+with capture(embedder, *probes, into=learn, stop_at="layers.1.resid_post"):
+    embedder.encode(held_out(queries=1, documents=3000).corpus.values(), batch_tokens=1024)
 bars({name: sum(values[30:]) / len(values[30:]) for name, values in accuracy.items()}, "Accuracy of the later batches")
 assert sum(accuracy["layers.1.resid_post"][30:]) > 1.05 * sum(accuracy["embed"][30:])

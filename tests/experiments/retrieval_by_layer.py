@@ -5,7 +5,6 @@ measured by nDCG@10 on held-out pairs. The token embedding knows nothing, since 
 texts; the first layer gives nine tenths of the quality already, so that others may be left out (pruning.py).
 """
 
-import torch
 from lab import bars, held_out, ndcg
 
 from qwen3core import Embedder, capture
@@ -17,8 +16,8 @@ with capture(embedder, "embed", "layers.*.resid_post") as of_queries:
 with capture(embedder, "embed", "layers.*.resid_post") as of_documents:
     documents = embedder.encode_document(data.corpus.values())
 for name in of_queries:
-    last_tokens = [torch.stack([x[-1] for x in acts.per_text(name)]) for acts in (of_queries, of_documents)]
-    quality[name] = ndcg(data, embedder.similarity(*(model.norm(x, model.ops.rms_norm) for x in last_tokens)))
+    vectors = [model.norm(acts.at(name, text=None)) for acts in (of_queries, of_documents)]
+    quality[name] = ndcg(data, embedder.similarity(*vectors))
 bars(quality, "nDCG@10 of the embedding that each layer would give")
 assert abs(quality["layers.3.resid_post"] - ndcg(data, embedder.similarity(queries, documents))) < 0.001
 assert quality["embed"] < 0.1 < 0.85 * quality["layers.3.resid_post"] < quality["layers.0.resid_post"]

@@ -17,9 +17,12 @@ food = ["the bread", "a cheese dinner", "an apple pie", "the soup", "a sandwich"
 texts = ["my neighbour came to see me", "the letter arrived on Monday", "they spoke about it all night"]
 with capture(embedder, "layers.1.resid_post") as acts:
     vectors = embedder.encode(music + food)
-last_tokens = torch.stack([x[-1] for x in acts.per_text("layers.1.resid_post")]).detach()
+last_tokens = acts.at("layers.1.resid_post", text=None).detach()
 steer = last_tokens[:6].mean(0) - last_tokens[6:].mean(0)
-random, music_not_food = torch.nn.functional.normalize(torch.randn(256), dim=0) * steer.norm(), {}
+random, music_not_food = (
+    torch.nn.functional.normalize(torch.randn(256, generator=torch.manual_seed(0)), dim=0) * steer.norm(),
+    {},
+)
 for name, vector in {"none": 0 * steer, "music": steer, "food": -steer, "random": random}.items():
     with edit(embedder, {"layers.1.resid_post": add(vector)}):
         similarity = embedder.similarity(embedder.encode(texts), vectors)
