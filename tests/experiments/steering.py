@@ -19,10 +19,7 @@ with capture(embedder, "layers.1.resid_post") as acts:
     vectors = embedder.encode(music + food)
 last_tokens = acts.at("layers.1.resid_post", text=None).detach()
 steer = last_tokens[:6].mean(0) - last_tokens[6:].mean(0)
-random, music_not_food = (
-    torch.nn.functional.normalize(torch.randn(256, generator=torch.manual_seed(0)), dim=0) * steer.norm(),
-    {},
-)
+random, music_not_food = torch.randn(256, generator=torch.manual_seed(0)) * steer.norm() / 256**0.5, {}
 for name, vector in {"none": 0 * steer, "music": steer, "food": -steer, "random": random}.items():
     with edit(embedder, {"layers.1.resid_post": add(vector)}):
         similarity = embedder.similarity(embedder.encode(texts), vectors)
