@@ -232,7 +232,8 @@ class Pretrained:
         for name, x in {**dict(self.model.norm.named_parameters("model.norm")), **options}.items():
             if isinstance(x, Tensor) and not is_finite(x):
                 raise InputError(f"{name}: expected finite numbers, found inf or nan")
-        share = self.model.shortcuts and not grad
+        alone = len(texts) < 2 and not self.prefix_cache.max_tokens  # nothing to share with
+        share = not grad and not alone and self.model.shortcuts
         first_equal = _first_equal(texts) if share else list(range(len(texts)))
         distinct = list(dict.fromkeys(first_equal))
         dtype = torch.promote_types(self.dtype, torch.float32)
