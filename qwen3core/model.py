@@ -42,7 +42,7 @@ class Context:
     block_rows: int
     """Rows at a time, where no row depends on another."""
     hook: Hooks
-    """Of the layer: ``hook(name, x)`` at each point."""
+    """The layer's: ``hook(name, x)`` at each point."""
     keys_values: KeysValues | None = None
     """Where each layer adds its keys and values, if they are asked for."""
 

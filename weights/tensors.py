@@ -212,7 +212,7 @@ def rewrite(
 
 
 def _with_layers(files: Mapping[Path, Mapping[str, str]], count: int) -> dict[Path, dict[str, str]]:
-    """Of every file names and keys, as ``Tensors.files``, with ``count`` layers: new ones are named like layer 0."""
+    """Names and keys of every file, as ``Tensors.files``, with ``count`` layers: new ones are named like layer 0."""
     chosen: dict[Path, dict[str, str]] = {}
     first: dict[str, str] = {}
     last, found = next(iter(files)), 0
