@@ -95,7 +95,7 @@ class Qwen3Model(nn.Module):
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Last hidden states [T, H], final norm applied (transformers' ``last_hidden_state``), in the compute dtype."""
-        return self._hook(batch)("final_norm", _norm(self.norm, self.run_layers(batch), self.ops.rms_norm))
+        return self._hook(batch)("final_norm", _run(self.norm, RMSNorm, self.run_layers(batch), self.ops.rms_norm))
 
     def embed(
         self, batch: PackedBatch, *, dim: int | None = None, normalize: bool | None = None, prompt_length: int = 0
@@ -118,7 +118,7 @@ class Qwen3Model(nn.Module):
         width = dim or self.config.hidden_size
         if self.ops.norm_pool and isinstance(self.norm, RMSNorm):
             return self.norm(x, self.ops.norm_pool, rows, width, normalize)
-        return self.ops.pool(_norm(self.norm, x, self.ops.rms_norm), rows, width, normalize)
+        return self.ops.pool(_run(self.norm, RMSNorm, x, self.ops.rms_norm), rows, width, normalize)
 
     def tokens(self, batch: PackedBatch) -> Tensor:
         """Every token's unit vector [T, dim] float32: through the layout's modules, where it is late interaction's."""
@@ -217,9 +217,9 @@ class Qwen3Model(nn.Module):
             layout = batch.last_token if last_token and i == len(self.layers) - 1 else batch.full
             hook = self._hook(batch, f"layers.{i}.")
             context = Context(ops, cos, sin, block_rows, hook, keys_values)
-            rest = (layout, context, batch.prefix_kv[i] if batch.prefix_kv else None)
+            prefix_kv = batch.prefix_kv[i] if batch.prefix_kv else None
             x = hook("resid_pre", x)
-            x = hook("resid_post", layer(x, *rest) if isinstance(layer, DecoderLayer) else layer(x))
+            x = hook("resid_post", _run(layer, DecoderLayer, x, layout, context, prefix_kv))
             if keys_values is not None and len(keys_values) == i:  # without attention of ours
                 keys_values.append((x[:0], x[:0]))
         return x
@@ -277,15 +277,10 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, layout: VarlenLayout, context: Context, prefix_kv: tuple[Tensor, Tensor] | None = None
     ) -> Tensor:
         """The residual stream [T, H] into the layer to that out of it [Tq, H], of the rows ``layout.queries``."""
-        attn_norm = context.hook("attn_norm", _norm(self.input_layernorm, x, context.ops.rms_norm))
-        rest = (layout, context, prefix_kv)
-        attn_out = (
-            self.self_attn(attn_norm, *rest) if isinstance(self.self_attn, Attention) else self.self_attn(attn_norm)
-        )
-        attn_out = context.hook("attn_out", attn_out)
+        attn_norm = context.hook("attn_norm", _run(self.input_layernorm, RMSNorm, x, context.ops.rms_norm))
+        attn_out = context.hook("attn_out", _run(self.self_attn, Attention, attn_norm, layout, context, prefix_kv))
         x, mlp_norm = self.add_and_norm(x[layout.queries], attn_out, context)
-        mlp_out = self.mlp(mlp_norm, context) if isinstance(self.mlp, MLP) else self.mlp(mlp_norm)
-        return x + context.hook("mlp_out", mlp_out)
+        return x + context.hook("mlp_out", _run(self.mlp, MLP, mlp_norm, context))
 
     def add_and_norm(self, x: Tensor, attn_out: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """The residual stream after attention, and its norm, which the MLP reads; one operation where ops fuse them."""
@@ -293,7 +288,7 @@ class DecoderLayer(nn.Module):
             mlp_norm, x = self.post_attention_layernorm(x, context.ops.add_rms_norm, attn_out)
         else:
             x = context.hook("resid_mid", x + attn_out)
-            mlp_norm = _norm(self.post_attention_layernorm, x, context.ops.rms_norm)
+            mlp_norm = _run(self.post_attention_layernorm, RMSNorm, x, context.ops.rms_norm)
         return x, context.hook("mlp_norm", mlp_norm)
 
 
@@ -339,8 +334,8 @@ class Attention(nn.Module):
             weights = (norm.weight.to(q.dtype) for norm in (self.q_norm, self.k_norm))
             q, k = ops.qk_norm_rope(q, k, *weights, self.q_norm.eps, cos, sin)
         else:
-            q = ops.rope(_norm(self.q_norm, q, ops.rms_norm), cos, sin)
-            k = ops.rope(_norm(self.k_norm, k, ops.rms_norm), cos, sin)
+            q = ops.rope(_run(self.q_norm, RMSNorm, q, ops.rms_norm), cos, sin)
+            k = ops.rope(_run(self.k_norm, RMSNorm, k, ops.rms_norm), cos, sin)
         return hook("q", q), hook("k", k), v
 
 
@@ -412,8 +407,9 @@ class DenseLayer(nn.Module):
         return out + (x if self.residual is None else reference.linear(x, self.residual.weight))
 
 
-def _norm(norm: nn.Module, x: Tensor, op: Callable[..., Tensor]) -> Tensor:
-    return norm(x, op) if isinstance(norm, RMSNorm) else norm(x)
+def _run(module: nn.Module, own: type, x: Tensor, *args: Any) -> Tensor:
+    """A module of this file's class ``own`` takes the arguments, another one x alone."""
+    return module(x, *args) if isinstance(module, own) else module(x)
 
 
 def _activation(name: str) -> nn.Module:

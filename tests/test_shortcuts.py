@@ -313,3 +313,20 @@ def test_fewer_layers(embedding_dir, reranker_dir):
         with pytest.raises(InputError, match=r"with i in 0\.\.1"), capture(opened, "layers.2.z"):
             pass
         assert "weights=torch.bfloat16" in repr(opened) or "weights=torch.float32" in repr(opened)
+
+
+def test_adapters_in_training_have_shortcuts(embedding_dir):
+    """peft's modules in place of ours: they are row-wise, and nothing is left out that a result needs."""
+    pytest.importorskip("peft")
+    from qwen3core.training.lora import add_lora
+
+    embedder = Embedder.from_pretrained(embedding_dir, dtype="float32", device="cpu")
+    add_lora(embedder.model, 4)
+    with torch.no_grad():
+        for name, parameter in embedder.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    assert embedder.model.shortcuts
+    with capture(embedder, "pooled"):
+        right = embedder.encode_query(TEXTS)
+    assert np.abs(embedder.encode_query(TEXTS) - right).max() <= SAME_TEXT_FP32

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..errors import InputError, check_int
 from ..model import Qwen3Model
+from ..reference import declare
 from ..weights.find import ADAPTER, INDEX
 from ..weights.tensors import beside_weights, copy_within
 from ..writing import writing_into
@@ -25,10 +26,12 @@ def add_lora(model: Qwen3Model, rank: int, *, seed: int = 0) -> None:
     check_int("lora", rank, 1)
     try:
         from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import Linear
     except ImportError as error:
         raise InputError(f"peft is not installed: pip install peft ({error})") from error
     torch.manual_seed(seed)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS), model)
+    declare(row_wise=True)(Linear)
 
 
 def save_lora(
