@@ -180,7 +180,7 @@ class Qwen3Model(nn.Module):
     @property
     def row_wise(self) -> bool:
         """Whether all modules are this file's, or declared to be row-wise."""
-        kinds = set()
+        kinds: set[type] = set()
         modules: list[Any] = [self.norm, *self.layers._modules.values()]
         while modules:  # level by level, which takes a tenth of the time of one by one
             kinds.update(map(type, modules))

@@ -97,6 +97,30 @@ def test_identity_edit_changes_no_bit(embedder):
         assert torch.equal(embedder.encode(TEXTS, convert_to_tensor=True), before)
 
 
+def test_identity_edit_of_patterns_changes_no_bit(embedder):
+    with capture(embedder, "layers.*.pattern"):
+        before = embedder.encode(TEXTS, convert_to_tensor=True)
+    with edit(embedder, {"layers.*.scores": lambda x: x.clone(), "layers.*.pattern": lambda x: x}):
+        assert torch.equal(embedder.encode(TEXTS, convert_to_tensor=True), before)
+    assert abs(before.numpy() - embedder.encode(TEXTS)).max() <= HIDDEN_FP32
+
+
+def test_a_batch_has_what_each_text_has_alone(embedder):
+    """Every point, patterns included."""
+    everything = ("*", "layers.*.scores", "layers.*.pattern")
+    with capture(embedder, *everything) as batch:
+        embedder.encode(TEXTS)
+    for text, alone_text in enumerate(TEXTS):
+        with capture(embedder, *everything) as alone:
+            embedder.encode([alone_text])
+        assert set(alone) == set(batch)
+        for name in alone:
+            x, y = batch.per_text(name)[text], alone.per_text(name)[0]
+            seen = y > -torch.inf  # scores that are masked
+            assert torch.equal(x > -torch.inf, seen)
+            assert (x - y)[seen].abs().max() <= HIDDEN_FP32 * y[seen].abs().max(), (name, text)
+
+
 def test_edit_replaces_exactly_what_it_names(embedder):
     """Zeroing what attention adds equals removing o_proj's weight."""
     model = embedder.model
