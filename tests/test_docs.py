@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-DOCUMENTS = [ROOT / name for name in ("README.md", "kernels/README.md", "weights/README.md", "bench/README.md")]
+FOLDERS = ("", "kernels/", "weights/", "bench/", "tests/experiments/", "tests/course/")
+DOCUMENTS = [ROOT / f"{folder}README.md" for folder in FOLDERS]
 README = DOCUMENTS[0].read_text("utf-8")
 
 
@@ -30,7 +31,7 @@ def test_python_blocks_run_in_order(document, tmp_path, monkeypatch):
     if document.parent == ROOT:
         assert namespace["vectors"].shape == (2, 256)
         assert namespace["scores"].shape == (2,)
-        assert len(namespace["acts"]) == namespace["embedder"].model.config.num_hidden_layers
+        assert len(namespace["acts"]) == namespace["embedder"].model.config.num_hidden_layers + 1
 
 
 def test_own_kernel(tmp_path):
