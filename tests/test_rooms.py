@@ -15,6 +15,7 @@ PACKAGE = ROOT / "qwen3core"
 TOOLS = (
     "training",
     "evaluation",
+    "explaining",
     "profiling",
     "commands",
     "weights.synthesize",
