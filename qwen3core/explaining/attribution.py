@@ -3,12 +3,6 @@
 The decision about a query and a document is a reranker's logit, the score before its sigmoid, or the cosine of an
 embedder's two vectors. A reranker reads one text, the pair in its template; an embedder two, first the query.
 
-    reranker = Reranker.from_pretrained("tiny-reranker", dtype="float32")
-    found = integrated_gradients(reranker, query, document)
-    found.values[0]                                 # [length], what each token adds to found.baseline
-    contributions(reranker, query, document)        # [1 + L * (Hq + 1)], sums to the logit
-    lens(reranker, query, document)                 # [L + 1], the last is the logit
-
 Open checkpoints in float32: in bfloat16 the sums hold to about 1 % only.
 """
 
@@ -78,6 +72,15 @@ def integrated_gradients(
 
     Raises:
         InputError: for what ``predict`` and ``encode`` refuse, several scores, or int8 weights.
+
+    Example:
+        >>> reranker = Reranker.from_pretrained("tiny-reranker", dtype="float32")
+        >>> found = integrated_gradients(reranker, "an instrument", "a violin")
+        >>> text = tokens(reranker, "an instrument", "a violin")[0]
+        >>> {token.text: round(value.item(), 1) for token, value in zip(text, found.values[0]) if value}
+        {' an': 0.5, ' instrument': 0.4, ' a': 0.5, ' violin': 0.2}
+        >>> found.error < 0.01
+        True
     """
     check_number("tolerance", tolerance, 0)
     path = _Path(of, query, document, instruction, batch_tokens)
@@ -149,11 +152,11 @@ class _Path:
         if isinstance(of, Reranker):
             pairs = [*zip(queries, documents, strict=True)]
             with edit(of, {"embed": texts[0]}):
-                return of.predict(pairs, instruction=instruction, logit=True, grad=True, convert_to_tensor=True)
+                return of.predict(pairs, instruction=instruction, logit=True, grad=True)
         with edit(of, {"embed": texts[0]}):
-            rows = of.encode_query(queries, instruction=instruction, grad=True, convert_to_tensor=True)
+            rows = of.encode_query(queries, instruction=instruction, grad=True)
         with edit(of, {"embed": texts[1]}):
-            return F.cosine_similarity(rows, of.encode_document(documents, grad=True, convert_to_tensor=True))
+            return F.cosine_similarity(rows, of.encode_document(documents, grad=True))
 
 
 class _Copies:
@@ -184,6 +187,13 @@ def contributions(of: Embedder | Reranker, query: str, document: str, *, instruc
     Raises:
         InputError: where the decision is no product of the last token's hidden state and one direction: Dense modules,
             several scores, other pooling.
+
+    Example:
+        >>> reranker = Reranker.from_pretrained("tiny-reranker", dtype="float32")
+        >>> added = contributions(reranker, "an instrument", "a violin")
+        >>> logit = float(reranker.predict(("an instrument", "a violin"), logit=True))
+        >>> added.shape, abs(added.sum().item() - logit) < 1e-4
+        (torch.Size([21]), True)
     """
     direction = _direction(of, query, instruction)
     points = ("embed", "layers.*.z", "layers.*.mlp_out")
@@ -200,6 +210,11 @@ def lens(of: Embedder | Reranker, query: str, document: str, *, instruction: str
     """The decision that the last token's residual stream would give after the embedding and each layer (logit lens).
 
     [L + 1] float32; the last one is the decision. Raises InputError as ``contributions`` does.
+
+    Example:
+        >>> embedder = Embedder.from_pretrained("tiny-embedding", dtype="float32")
+        >>> [round(cosine, 1) for cosine in lens(embedder, "an instrument", "a violin").tolist()]
+        [-0.0, 0.5, 0.6, 0.6, 0.7]
     """
     direction = _direction(of, query, instruction)
     acts = _captured(of, query, document, instruction, ("embed", "layers.*.resid_post"))
@@ -244,7 +259,13 @@ def _project(of: Embedder | Reranker, rows: Tensor, streams: Tensor, direction: 
 
 
 def tokens(of: Embedder | Reranker, query: str, document: str, instruction: str | None = None) -> list[list[Token]]:
-    """The tokens of each text that the decision reads, the template's included."""
+    """The tokens of each text that the decision reads, the template's included.
+
+    Example:
+        >>> embedder = Embedder.from_pretrained("tiny-embedding")
+        >>> [(token.text, token.part) for token in tokens(embedder, "an instrument", "a violin")[1]]
+        [('a', 'document'), (' violin', 'document'), ('<|endoftext|>', 'template')]
+    """
     tokenizer = of.tokenizer
     if isinstance(of, Reranker):
         task = of.layout.instruction if instruction is None else instruction

@@ -35,6 +35,12 @@ def explain(
 
     Raises:
         InputError: as ``contributions`` does, where there is no document, and for a text of over 1024 tokens.
+
+    Example:
+        >>> embedder = Embedder.from_pretrained("tiny-embedding", dtype="float32")
+        >>> page = explain(embedder, "an instrument", ["a violin", "rain"], name="tiny-embedding")
+        >>> page[:15], len(page) < 100_000
+        ('<!doctype html>', True)
     """
     documents = as_list("documents", documents)
     if not documents:
