@@ -23,7 +23,7 @@ from ..reranker import Reranker
 
 NODES = 16
 """Points of the quadrature on each stretch of the path."""
-SHORTEST = 1 / 32
+SHORTEST = 1 / 16
 """Stretches of the path that are not halved again."""
 
 
@@ -58,7 +58,7 @@ def integrated_gradients(
     *,
     instruction: str | None = None,
     tolerance: float = 0.001,
-    batch_tokens: int = 2048,
+    batch_tokens: int = 1024,
 ) -> Attribution:
     """What each token of query and document adds to the decision, by integrated gradients (arXiv:1703.01365).
 
