@@ -363,6 +363,7 @@ def test_every_control_does_something(visit):
     assert all(act(lambda: opened.select_option("#head", "3"), canvas, strip, bars, "#parts td.chosen"))
     assert all(act(lambda: opened.uncheck("#template"), canvas, strip))
     assert opened.locator("#attention .tokens").first.inner_text().strip() == f"{QUERY} {DOCUMENTS[4]}"
+    assert "(and to the template with " in opened.locator("#attention h4").first.inner_text()
     assert all(act(lambda: opened.check("#template"), canvas, strip))
     assert all(act(lambda: opened.locator(canvas).first.click(position={"x": 200, "y": 200}), canvas, bars))
     assert any(act(lambda: opened.locator(canvas).first.hover(position={"x": 40, "y": 300}), "#attention .readout"))
