@@ -184,40 +184,58 @@ def capture(
         if stop_at.endswith(PATTERN_POINTS):
             raise InputError(f"stop_at: expected a point of all texts at once, such as z, found {stop_at!r}")
     recorded = list(dict.fromkeys(chain.from_iterable(names.values())))
-    acts = held = Activations(recorded, tokenizer and tokenizer.decode)
-    of_batch: PackedBatch | None = None
-    grad_enabled = torch.is_grad_enabled()
-    computed: set[str] = set()
-
-    def hand_over() -> None:
-        nonlocal held
-        complete, held = held, Activations(recorded, acts._decode)
-        if into is not None and complete:
-            with torch.set_grad_enabled(grad_enabled):  # encode runs without
-                into(complete)
-
-    def record(x: Tensor, where: Where) -> Tensor:
-        nonlocal of_batch
-        if into is not None and of_batch is not where.batch:
-            hand_over()
-            of_batch = where.batch
-        computed.add(where.name)
-        if where.name in held._records:
-            stored = x.detach() if detach else x
-            held._records[where.name].append((where, stored.to(device or x.device, dtype or x.dtype)))
-        if where.name == stop_at:
-            raise Stopped(acts)
-        return x
-
+    acts = Activations(recorded, tokenizer and tokenizer.decode)
+    recorder = _Recorder(acts, stop_at, into, detach, device, dtype)
     try:
-        with _active(model, Hook(frozenset([*recorded, stop_at or ""]), record)):
+        with _active(model, Hook(frozenset([*recorded, stop_at or ""]), recorder.record)):
             yield acts
     except Stopped as stopped:
         if stopped.capture is not acts:
             raise
-    _require_computed(names, computed)
-    if into is not None:
-        hand_over()
+    _require_computed(names, recorder.computed)
+    recorder.hand_over()
+
+
+class _Recorder:
+    """What a capture does at its points."""
+
+    def __init__(
+        self,
+        acts: Activations,
+        stop_at: str | None,
+        into: Callable[[Activations], Any] | None,
+        detach: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.acts = self.held = acts
+        self.stop_at, self.into, self.detach, self.device, self.dtype = stop_at, into, detach, device, dtype
+        self.batch: PackedBatch | None = None
+        self.computed: set[str] = set()
+        self.grad_enabled = torch.is_grad_enabled()
+
+    def record(self, x: Tensor, where: Where) -> Tensor:
+        """Store a point's tensor; those of the batch before are handed over first."""
+        if self.batch is not where.batch:
+            self.hand_over()
+            self.batch = where.batch
+        self.computed.add(where.name)
+        if where.name in self.held._records:
+            stored = x.detach() if self.detach else x
+            stored = stored.to(self.device or x.device, self.dtype or x.dtype)
+            self.held._records[where.name].append((where, stored))
+        if where.name == self.stop_at:
+            raise Stopped(self.acts)
+        return x
+
+    def hand_over(self) -> None:
+        """Give a batch's activations away, if they are to be."""
+        if self.into is None:
+            return
+        complete, self.held = self.held, Activations([*self.held._records], self.acts._decode)
+        if complete:
+            with torch.set_grad_enabled(self.grad_enabled):  # encode runs without
+                self.into(complete)
 
 
 @contextmanager

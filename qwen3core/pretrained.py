@@ -1,7 +1,7 @@
 """What the two jobs share: an open checkpoint (model and tokenizer), and the run of many texts in batches."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
@@ -228,17 +228,14 @@ class Pretrained:
         if batch_tokens is not None:
             check_int("batch_tokens", batch_tokens, 1)
         check_texts(texts)
-        # After the layers, a sigmoid would make 0 or 1 of inf.
-        for name, x in {**dict(self.model.norm.named_parameters("model.norm")), **options}.items():
-            if isinstance(x, Tensor) and not is_finite(x):
-                raise InputError(f"{name}: expected finite numbers, found inf or nan")
+        self._check_weights(options)
         alone = len(texts) < 2 and not self.prefix_cache.max_tokens  # nothing to share with
         share = not grad and not alone and self.model.shortcuts
         first_equal = _first_equal(texts) if share else list(range(len(texts)))
         distinct = list(dict.fromkeys(first_equal))
-        dtype = torch.promote_types(self.dtype, torch.float32)
         out: Any = [None] * len(texts)
         if shape is not None:
+            dtype = torch.promote_types(self.dtype, torch.float32)
             out = torch.empty(len(texts), *shape, dtype=dtype, device=self.device)
         disable = None if show_progress_bar is None else not show_progress_bar  # None: unless on a terminal
         progress = tqdm(total=len(distinct), disable=disable, delay=1, unit="text", leave=False)
@@ -251,13 +248,7 @@ class Pretrained:
                 except Stopped:
                     stopped = True
                     continue
-                if grad and shape is not None:
-                    out = out.index_copy(0, batch.indices, results)
-                elif shape is not None:
-                    out[batch.indices] = results
-                else:
-                    for index, result in zip(batch.indices.tolist(), results, strict=True):
-                        out[index] = result
+                out = _put(out, batch.indices, results, grad)
         if stopped:
             return None
         if len(distinct) != len(texts):
@@ -266,6 +257,12 @@ class Pretrained:
             self._raise_not_finite(texts, out, **options)
         return out
 
+    def _check_weights(self, options: Mapping[str, Any]) -> None:
+        """Raise InputError where those behind the layers are not finite: a sigmoid would make 0 or 1 of inf."""
+        for name, x in {**dict(self.model.norm.named_parameters("model.norm")), **options}.items():
+            if isinstance(x, Tensor) and not is_finite(x):
+                raise InputError(f"{name}: expected finite numbers, found inf or nan")
+
     def _raise_not_finite(self, texts: Sequence[str], out: Iterable[Tensor], **options: Any) -> NoReturn:
         """Raise InputError for the first row of ``out`` that is not finite, whose text is computed again, alone."""
         index = next(i for i, row in enumerate(out) if not is_finite(row))
@@ -273,9 +270,8 @@ class Pretrained:
         points: list[str] = []
 
         def look(x: Tensor, where: Where) -> Tensor:
-            if (
-                where.batch is batch and not points and not is_finite(x)
-            ):  # not capture: it would hold all points at once
+            # Not capture, which would hold all points at once.
+            if where.batch is batch and not points and not is_finite(x):
                 points.append(where.name)
             return x
 
@@ -347,6 +343,15 @@ def _first_equal(texts: Sequence[str]) -> list[int]:
     """For each text the index of the first one equal to it."""
     first: dict[str, int] = {}
     return [first.setdefault(text, i) for i, text in enumerate(texts)]
+
+
+def _put(out: Any, indices: Tensor, results: Any, grad: bool) -> Any:
+    """``out``, a tensor or a list, with results of a batch at the indices of their texts; in place without grad."""
+    if isinstance(out, Tensor) and grad:
+        return out.index_copy(0, indices, results)
+    for index, result in [(indices, results)] if isinstance(out, Tensor) else zip(indices, results, strict=True):
+        out[index] = result
+    return out
 
 
 def as_asked(results: Tensor | None, *, single: bool, tensor: bool) -> Any:
