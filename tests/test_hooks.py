@@ -402,7 +402,8 @@ def test_stop_at_skips_all_later_work(embedder):
             assert embedder.encode(TEXTS[0]) is None
         embedder.encode("a")
     assert len(later["layers.2.resid_pre"]) == 2
-    assert len(first["embed"]) == len(acts["layers.1.mlp_act"]) + 2
+    sequences = embedder.tokenizer.embedding([*TEXTS, TEXTS[0]], 8192)
+    assert len(first["embed"]) - 2 == len(acts["layers.1.mlp_act"]) == sum(map(len, sequences))
     with capture(embedder, "layers.1.resid_post", stop_at="layers.1.resid_post") as acts:
         embedder.encode(TEXTS)
     for ours, expected in zip(acts.per_text("layers.1.resid_post"), whole.per_text("layers.1.resid_post"), strict=True):
@@ -411,6 +412,10 @@ def test_stop_at_skips_all_later_work(embedder):
         embedder.model(pack([[1, 2]]))
         raise AssertionError  # a call of the model itself ends the block
     assert acts["embed"].shape == (2, 64)
+    with capture(embedder.model, "embed", stop_at="layers.0.z") as acts:
+        with capture(embedder.model, "embed"):
+            embedder.model(pack([[1, 2]]))
+        raise AssertionError  # nor does another capture stop there
     assert embedder.model.hooks == []
     for wrong in ("layers.0.pattern", "layers.9.z"):
         with pytest.raises(InputError, match=wrong), capture(embedder, "embed", stop_at=wrong):
@@ -578,8 +583,8 @@ def test_replacing_a_head_leaves_the_others(embedder):
         embedder.encode(TEXTS)
     mean = acts["layers.2.z"].mean(0)
     for function, expected in ((edits.zero, 0 * mean), (edits.mean_ablate(acts), mean), (lambda x: x + 1, None)):
-        with edit(embedder, edits.replace_head(2, 3, function)), capture(embedder, "layers.2.z") as after:
+        with edit(embedder, edits.replace_head(2, 1, function)), capture(embedder, "layers.2.z") as after:
             embedder.encode(TEXTS)
         z = acts["layers.2.z"].clone()
-        z[:, 3] = z[:, 3] + 1 if expected is None else expected[3]
+        z[:, 1] = z[:, 1] + 1 if expected is None else expected[1]
         assert torch.equal(after["layers.2.z"], z)

@@ -261,6 +261,20 @@ def test_a_module_of_ones_own_gives_what_it_gives_without_shortcuts(embedding_di
         embedder.model.embed(batch)
 
 
+def test_a_projection_of_ones_own_has_all_rows_at_once(embedding_dir):
+    model = Embedder.from_pretrained(embedding_dir, dtype="float32", device="cpu").model
+    seen = []
+    for own in (False, True):
+        linear = model.layers[1].self_attn.q_proj
+        if own:
+            linear.__class__ = type("Own", (type(linear),), {})
+        with torch.no_grad():
+            handle = linear.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+            model(pack([[1, 2, 3] * 400]))
+            handle.remove()
+    assert seen == [1024, 176, 1200]
+
+
 @pytest.mark.parametrize("place", ["layer", "mlp"])
 def test_a_declared_module_has_shortcuts_and_a_lie_shows(embedding_dir, place):
     embedder = Embedder.from_pretrained(embedding_dir, dtype="float32", device="cpu", prefix_cache_tokens=99)
