@@ -177,7 +177,9 @@ def capture(
         >>> acts.tokens[1], acts.at("layers.0.pattern", text=1).shape
         (['a', ' violin', '<|endoftext|>'], torch.Size([4, 3]))
     """
-    model, tokenizer = getattr(of, "model", of), getattr(of, "tokenizer", None)
+    model, tokenizer = _model(of), getattr(of, "tokenizer", None)
+    if not patterns and stop_at is None:
+        raise InputError("capture: expected one or more points to record, found none")
     names = _matching(model, patterns)
     if stop_at is not None:
         [stop_at] = _matching(model, [stop_at])[stop_at]
@@ -259,7 +261,7 @@ def edit(of: Any, edits: Mapping[str, Callable[..., Tensor]]) -> Iterator[None]:
         >>> bool((before == after).all())
         False
     """
-    model = getattr(of, "model", of)
+    model = _model(of)
     names = _matching(model, edits)
     functions: dict[str, list[Callable[[Tensor, Where], Tensor]]] = {}
     for pattern, function in edits.items():
@@ -287,7 +289,7 @@ def by_head(of: Any, layer: int, z: Tensor) -> Tensor:
 
     of: an Embedder, a Reranker, or a model. A single row of z, [Hq, D], gives [Hq, H].
     """
-    o_proj = getattr(of, "model", of).layers[layer].self_attn.o_proj
+    o_proj = _model(of).layers[layer].self_attn.o_proj
     weight = o_proj.weight if o_proj.scale is None else o_proj.weight * o_proj.scale[:, None]
     return torch.einsum("...hd,ohd->...ho", z, weight.to(z.dtype).unflatten(1, z.shape[-2:]))
 
@@ -300,6 +302,13 @@ def with_where(function: Callable[..., Tensor]) -> Callable[[Tensor, Where], Ten
         parameters = []
     wanted = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return function if len(wanted) > 1 else lambda x, where: function(x)
+
+
+def _model(of: Any) -> Any:
+    model = getattr(of, "model", of)
+    if not hasattr(model, "hooks"):
+        raise InputError(f"expected an Embedder, a Reranker or their model, found {type(of).__name__}")
+    return model
 
 
 @contextmanager

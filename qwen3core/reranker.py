@@ -84,6 +84,8 @@ class Reranker(Pretrained):
         if top_k is not None:
             check_int("top_k", top_k, 0)
         scores = self.predict([(query, document) for document in documents], **options)
+        if scores is None:  # a capture stopped the model
+            return []
         hits = [Hit(corpus_id=i, score=float(scores[i])) for i in ranked(scores, top_k)]
         return [Hit(**hit, text=documents[hit["corpus_id"]]) for hit in hits] if return_documents else hits
 

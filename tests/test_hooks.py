@@ -417,6 +417,13 @@ def test_stop_at_skips_all_later_work(embedder):
             embedder.model(pack([[1, 2]]))
         raise AssertionError  # nor does another capture stop there
     assert embedder.model.hooks == []
+    reranker = Reranker.from_pretrained("tiny-reranker", device="cpu")
+    with capture(reranker, stop_at="layers.0.z"):
+        assert reranker.rank("gravity", ["a force", "bread"]) == []
+    with pytest.raises(InputError, match="expected one or more points to record, found none"), capture(embedder):
+        pass
+    with pytest.raises(InputError, match="expected an Embedder, a Reranker or their model, found str"), capture("x"):
+        pass
     for wrong in ("layers.0.pattern", "layers.9.z"):
         with pytest.raises(InputError, match=wrong), capture(embedder, "embed", stop_at=wrong):
             pass

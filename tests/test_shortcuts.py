@@ -265,7 +265,7 @@ def test_a_projection_of_ones_own_has_all_rows_at_once(embedding_dir):
     model = Embedder.from_pretrained(embedding_dir, dtype="float32", device="cpu").model
     seen = []
     for own in (False, True):
-        linear = model.layers[1].self_attn.q_proj
+        linear: Any = model.get_submodule("layers.1.self_attn.q_proj")
         if own:
             linear.__class__ = type("Own", (type(linear),), {})
         with torch.no_grad():
