@@ -20,6 +20,7 @@ does not need, and may differ in the last bits. Hooks belong to the model: calls
 import inspect
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import chain
 from typing import Any, TypeVar
@@ -182,9 +183,11 @@ def capture(
         raise InputError("capture: expected one or more points to record, found none")
     names = _matching(model, patterns)
     if stop_at is not None:
-        [stop_at] = _matching(model, [stop_at])[stop_at]
-        if stop_at.endswith(PATTERN_POINTS):
-            raise InputError(f"stop_at: expected a point of all texts at once, such as z, found {stop_at!r}")
+        matched = _matching(model, [stop_at])[stop_at]
+        if len(matched) > 1 or stop_at.endswith(PATTERN_POINTS):
+            raise InputError(
+                f"stop_at: expected one point, of all texts at once, such as layers.0.z, found {stop_at!r}"
+            )
     recorded = list(dict.fromkeys(chain.from_iterable(names.values())))
     acts = Activations(recorded, tokenizer and tokenizer.decode)
     recorder = _Recorder(acts, stop_at, into, detach, device, dtype)
@@ -198,20 +201,19 @@ def capture(
     recorder.hand_over()
 
 
+@dataclass
 class _Recorder:
-    """What a capture does at its points."""
+    """What a capture does at its points; the first fields are its arguments."""
 
-    def __init__(
-        self,
-        acts: Activations,
-        stop_at: str | None,
-        into: Callable[[Activations], Any] | None,
-        detach: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ) -> None:
-        self.acts = self.held = acts
-        self.stop_at, self.into, self.detach, self.device, self.dtype = stop_at, into, detach, device, dtype
+    acts: Activations
+    stop_at: str | None
+    into: Callable[[Activations], Any] | None
+    detach: bool
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
+    def __post_init__(self) -> None:
+        self.held = self.acts
         self.batch: PackedBatch | None = None
         self.computed: set[str] = set()
         self.grad_enabled = torch.is_grad_enabled()
