@@ -61,10 +61,12 @@ def prepacked_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 @declare(row_wise=True)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if not _may_overwrite(x):
+    if x.device.type != "cpu" or torch.is_grad_enabled():
         return F.rms_norm(x, weight.shape, weight, eps)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return (x * norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()).mul_(weight)
+    wide = reference.at_least_float32(x)
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * scale if wide is x else wide.mul_(scale)).to(x.dtype).mul_(weight)
 
 
 @declare(row_wise=True)

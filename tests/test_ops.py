@@ -36,6 +36,25 @@ def test_attention_is_as_exact_as_the_reference(len_q, len_k, groups, dtype, cau
     assert (ours - exact).abs().max() <= OPS_RATIO * (plain - exact).abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 64), (300, 1024), (40, 16, 128)], ids=str)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_rms_norm_is_as_exact_as_the_reference(shape, dtype, gradients):
+    """Rounded where the reference rounds: before the weight, which a single rounding at the end would not be."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(*shape).mul(3).to(dtype), torch.rand(shape[-1]).add(0.5).to(dtype)
+    before = x.clone()
+    exact = reference.rms_norm(x.double(), weight.double(), 1e-6)
+    plain = reference.rms_norm(x, weight, 1e-6)
+    with torch.set_grad_enabled(gradients):
+        ours = Ops.torch().rms_norm(x, weight, 1e-6)
+    assert ours.dtype == dtype
+    assert torch.equal(x, before)
+    assert (ours - exact).norm() <= OPS_RATIO * (plain - exact).norm()
+    if not gradients and dtype != torch.float32:
+        assert (ours != plain).float().mean() < 0.01  # but where a sum in another order crosses a rounding
+
+
 @pytest.mark.parametrize("ops", SETS)
 def test_attention_is_aligned_at_the_bottom_right(ops):
     """Fewer queries than keys: the last queries of the whole, as for a pruned last layer or a shared prefix."""
