@@ -145,6 +145,12 @@ def test_unchanged_is_equal(embedding_dir, tmp_path):
             assert path.read_bytes() == copy.read_bytes(), path
 
 
+def test_unchanged_in_several_files_has_the_index_that_it_had(tmp_path):
+    source = tiny(tmp_path / "source", shards=2)
+    Embedder.from_pretrained(source, device="cpu").save(tmp_path / "out")
+    assert (tmp_path / "out" / INDEX).read_bytes() == (source / INDEX).read_bytes()
+
+
 def test_prompts_are_saved(embedding_dir, tmp_path):
     embedder = Embedder.from_pretrained(embedding_dir, device="cpu")
     embedder.prompts["mine"] = "Mine: "

@@ -43,7 +43,7 @@ def save_model(
         source,
         directory,
         lambda name: weights[name] if name in weights else stored[name],
-        layers=config.num_hidden_layers,
+        layers=changed.get("num_hidden_layers"),
         changes={**(changes or {}), **({"config.json": changed} if changed else {})},
     )
 
