@@ -265,14 +265,8 @@ class Embedder(Pretrained):
         return self.prompts[name]
 
     def _declared(self) -> dict[str, dict[str, Any]]:
-        changed = {
-            name: value
-            for name, value, declared in (
-                ("prompts", self.prompts, dict(self.layout.prompts)),
-                ("default_prompt_name", self.default_prompt_name, self.layout.default_prompt_name),
-            )
-            if value != declared
-        }
+        declared = {name: getattr(self.layout, name) for name in ("prompts", "default_prompt_name")}
+        changed = {name: value for name in declared if (value := getattr(self, name)) != declared[name]}
         return {"config_sentence_transformers.json": changed} if changed else {}
 
     def to_sequences(self, texts: list[str]) -> list[list[int]]:

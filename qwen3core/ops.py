@@ -154,12 +154,14 @@ def resolve(ops: "Ops | str", device: torch.device | None = None) -> Ops:
 
 def call(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """``function(*args, **options)``. Raises InputError where an operation of one's own does not take an option."""
-    if options:
-        parameters = inspect.signature(function).parameters
+    try:
+        return function(*args, **options)
+    except TypeError as error:
+        parameters = inspect.signature(function).parameters if options else {}
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         if missing := [name for name in options if name not in parameters and not takes_any]:
             raise InputError(
                 f"ops: expected a function that takes {missing[0]}= as reference.py's does, which this checkpoint or "
                 f"this capture needs, found {getattr(function, '__qualname__', function)!r}"
-            )
-    return function(*args, **options)
+            ) from error
+        raise

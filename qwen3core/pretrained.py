@@ -225,10 +225,7 @@ class Pretrained:
         Raises InputError for texts or options, and where a result is not finite, naming the text and the point.
         """
         use_threads()
-        if batch_tokens is not None:
-            check_int("batch_tokens", batch_tokens, 1)
-        check_texts(texts)
-        self._check_weights(options)
+        self._check_call(texts, batch_tokens, options)
         alone = len(texts) < 2 and not self.prefix_cache.max_tokens  # nothing to share with
         share = not grad and not alone and self.model.shortcuts
         first_equal = _first_equal(texts) if share else list(range(len(texts)))
@@ -257,8 +254,11 @@ class Pretrained:
             self._raise_not_finite(texts, out, **options)
         return out
 
-    def _check_weights(self, options: Mapping[str, Any]) -> None:
-        """Raise InputError where those behind the layers are not finite: a sigmoid would make 0 or 1 of inf."""
+    def _check_call(self, texts: Sequence[str], batch_tokens: int | None, options: Mapping[str, Any]) -> None:
+        """Raise InputError for texts, an option, or weights behind the layers: a sigmoid would make 0 or 1 of inf."""
+        if batch_tokens is not None:
+            check_int("batch_tokens", batch_tokens, 1)
+        check_texts(texts)
         for name, x in {**dict(self.model.norm.named_parameters("model.norm")), **options}.items():
             if isinstance(x, Tensor) and not is_finite(x):
                 raise InputError(f"{name}: expected finite numbers, found inf or nan")

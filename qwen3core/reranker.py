@@ -158,8 +158,8 @@ class Reranker(Pretrained):
     def to_sequences(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer.reranking(texts, self.max_length)
 
-    def compute(self, batch: PackedBatch, *, weight: Tensor | None = None, logit: bool = False, **_: Any) -> Tensor:
-        return self.model.logits(batch, weight) if logit else self.model.scores(batch, weight)
+    def compute(self, batch: PackedBatch, *, logit: bool = False, **options: Any) -> Tensor:
+        return self.model.logits(batch, **options) if logit else self.model.scores(batch, **options)
 
 
 def _checked(pairs: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
