@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import reference
 from .batch import KeysValues, PackedBatch, VarlenLayout
@@ -137,7 +138,8 @@ class Qwen3Model(nn.Module):
         weight: of ``score_weight``.
         """
         pooled = self.embed(batch, normalize=False)
-        logits = pooled if weight is None else pooled @ weight.T.to(pooled.dtype)
+        # Not a product of matrices, whose bits would depend on the number of texts.
+        logits = pooled if weight is None else (pooled[:, None] * weight.to(pooled.dtype)).sum(-1)
         return self._hook(batch)("logit", logits[:, 0] if logits.shape[1] == 1 else logits)
 
     def scores(self, batch: PackedBatch, weight: Tensor | None) -> Tensor:
@@ -184,8 +186,8 @@ class Qwen3Model(nn.Module):
         modules: list[Any] = [self.norm, *self.layers._modules.values()]
         while modules:  # level by level, which takes a tenth of the time of one by one
             kinds.update(map(type, modules))
-            modules = [part for module in modules if type(module) in _OWN for part in module._modules.values()]
-        return all(allows(kind).row_wise for kind in kinds - _OWN)
+            modules = [part for module in modules if type(module) in OWN for part in module._modules.values()]
+        return all(allows(kind).row_wise for kind in kinds - OWN)
 
     def run_layers(
         self, batch: PackedBatch, *, last_token: bool = False, keys_values: KeysValues | None = None
@@ -327,8 +329,8 @@ class Attention(nn.Module):
     def qkv(self, context: Context, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, Hq, D], keys and values [T, Hkv, D] of normed rows x [T, H] at the positions of cos, sin."""
         ops, hook = context.ops, context.hook
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (projection(x, ops.linear).unflatten(-1, (-1, self.head_dim)) for projection in projections)
+        products = _project(x, ops, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (product.unflatten(-1, (-1, self.head_dim)) for product in products)
         q, k, v = hook("q_pre", q), hook("k_pre", k), hook("v", v)
         if ops.qk_norm_rope and isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
             weights = (norm.weight.to(q.dtype) for norm in (self.q_norm, self.k_norm))
@@ -347,14 +349,16 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        if len(x) > context.block_rows:
-            return torch.cat([self(rows, context) for rows in x.split(context.block_rows)])
-        gate = context.hook("gate", self.gate_proj(x, context.ops.linear))
-        up = context.hook("up", self.up_proj(x, context.ops.linear))
-        return self.down_proj(context.hook("mlp_act", context.ops.swiglu(gate, up)), context.ops.linear)
+        [out] = in_blocks(partial(self.block, context), context.block_rows, x)
+        return out
+
+    def block(self, context: Context, x: Tensor) -> tuple[Tensor]:
+        gate, up = _project(x, context.ops, self.gate_proj, self.up_proj)
+        gate, up = context.hook("gate", gate), context.hook("up", up)
+        return (self.down_proj(context.hook("mlp_act", context.ops.swiglu(gate, up)), context.ops.linear),)
 
 
-_OWN = {DecoderLayer, Attention, MLP}
+OWN = {DecoderLayer, Attention, MLP}
 """Modules whose parts decide what holds of them."""
 
 
@@ -412,15 +416,29 @@ def _run(module: nn.Module, own: type, x: Tensor, *args: Any) -> Tensor:
     return module(x, *args) if isinstance(module, own) else module(x)
 
 
+def _project(x: Tensor, ops: Ops, *projections: nn.Module) -> tuple[Tensor, ...]:
+    """x through each of the projections; as one operation where ops fuse them, and nobody looks at one of them."""
+    if ops.linears and all(type(p) is Linear and p.scale is None and not _hooked(p) for p in projections):
+        return ops.linears(x, *(p.weight for p in projections))
+    return tuple(projection(x, ops.linear) for projection in projections)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether torch's own hooks are to be called with it, which is so where it is called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or _has_any_global_hook())
+
+
 def _activation(name: str) -> nn.Module:
     return getattr(nn, name)()
 
 
 def in_blocks(function: Callable[..., tuple[Tensor, ...]], size: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """``function(*tensors)`` on ``size`` rows at a time; each row of its results depends on the same row only."""
-    if len(tensors[0]) <= size:
+    """``function(*tensors)`` on ``size`` rows at most; each row of its results depends on the same row only."""
+    rows = len(tensors[0])
+    if rows <= size:
         return function(*tensors)
-    parts = [function(*rows) for rows in zip(*(x.split(size) for x in tensors), strict=True)]
+    size = -(-rows // -(-rows // size))  # equal parts: a small last one would read the weights again
+    parts = [function(*part) for part in zip(*(x.split(size) for x in tensors), strict=True)]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 

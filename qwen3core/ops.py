@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from torch.backends import mkldnn
 
-from . import ops_torch, reference
+from . import ops_torch, products, reference
 from .errors import InputError
 from .reference import allows
 
 OPERATIONS = ("linear", "rms_norm", "rope", "attention", "swiglu", "pool")
 """Fields of ``Ops`` that every set has."""
-FUSED = ("add_rms_norm", "qk_norm_rope", "norm_pool", "norm_score")
+FUSED = ("linears", "add_rms_norm", "qk_norm_rope", "norm_pool", "norm_score")
 """Fields of ``Ops`` that stand for several of them."""
 
 
@@ -51,6 +51,8 @@ class Ops:
     pool: Callable[[Tensor, Tensor, int, bool], Tensor]
     """(hidden_states, cu_seqlens, dim, normalize) to one vector for each text"""
 
+    linears: Callable[..., tuple[Tensor, ...]] | None = None
+    """(x, *weights) to x @ weight.T of each"""
     add_rms_norm: Callable[[Tensor, Tensor, float, Tensor], tuple[Tensor, Tensor]] | None = None
     """(x, weight, eps, residual) to (rms_norm(x + residual), x + residual)"""
     qk_norm_rope: Callable[..., tuple[Tensor, Tensor]] | None = None
@@ -87,23 +89,28 @@ class Ops:
 
     @staticmethod
     def torch() -> "Ops":
-        """Fast with stock PyTorch: what it ships fused, and in place where no gradient is recorded."""
-        functions = {name: getattr(ops_torch, name) for name in OPERATIONS if name != "pool"}
-        return Ops(**functions, pool=reference.pool)
+        """Fast with stock PyTorch: what it ships fused, and in place where no gradient is recorded.
+
+        On CPUs with bfloat16, oneDNN lays each bfloat16 weight that is pages of a file out for itself, at its 17th use;
+        those pages then leave the process's memory.
+        """
+        own = ("rms_norm", "rope", "attention", "swiglu", "qk_norm_rope")
+        functions = {name: getattr(ops_torch, name) for name in own}
+        return Ops(linear=products.linear, linears=products.linears, pool=reference.pool, **functions)
 
     @staticmethod
     def prepacked() -> "Ops":
         """``torch()`` with each weight in oneDNN's layout from its first use: faster on a CPU, most for one short text.
 
-        It takes a second copy of every linear weight, in the compute dtype. A weight changed in place is converted
-        anew, but not one changed through ``.data``. It is ``torch()`` while gradients are recorded, on a GPU, in
-        bfloat16 on a CPU where oneDNN has no bfloat16, and for weights made in inference mode, whose changes are not
-        counted.
+        Where the weights are not pages of a file in the compute dtype, that is a second copy of every linear weight. A
+        weight changed in place is converted anew, but not one changed through ``.data``. It is ``torch()`` while
+        gradients are recorded, on a GPU, in bfloat16 on a CPU where oneDNN has no bfloat16, and for weights made in
+        inference mode, whose changes are not counted.
         Raises InputError where torch is built without oneDNN.
         """
         if not mkldnn.is_available():
             raise InputError("ops 'prepacked': expected a torch built with oneDNN, found one without (use 'torch')")
-        return replace(Ops.torch(), linear=ops_torch.prepacked_linear)
+        return replace(Ops.torch(), linear=products.prepacked_linear, linears=products.prepacked_linears)
 
     @staticmethod
     def triton() -> "Ops":

@@ -1,68 +1,42 @@
 """The fast set in stock PyTorch: the reference's formulas with fewer passes over memory, which decide on a CPU."""
 
-from bisect import bisect_left, bisect_right
+from functools import cache
 from itertools import groupby
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.backends import mkldnn
 from torch.nn import functional as F
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import reference
 from .errors import InputError
 from .reference import declare
 
-ONEDNN_ROWS = 512
-"""Rows up to which oneDNN's float32 product is faster on a CPU: 1.7 times at 16, 1.3 at 128 (bench/README.md)."""
-
-FIRST_NUMBERS = 10
-"""oneDNN holds on to 0.6 MB of code for each number of rows and shape of weight that it meets. So the first numbers
-of rows are multiplied as they are, which are all where few lengths recur, and later ones are filled up."""
-
-MET: set[int] = set()
-"""Those first numbers."""
-
-ONEDNN_SIZES = (1, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128)
-"""Numbers of rows that later ones are filled up to, with zeros; of float32, what is more is MKL's."""
-
-PACKED_SIZES = (*ONEDNN_SIZES, 256, 512, 1024)
-"""The same of weights in oneDNN's own layout, which multiply more rows in parts of these sizes."""
-
 LONG_KEYS = 512
 """Keys from which a copy that puts those of a head side by side pays on a CPU: 1.15 times as fast at 512 to 4096 keys,
 1.5 times at 8192 (bench/README.md)."""
 
-PACKED = WeakTensorKeyDictionary()
-"""Each weight's version and dtype, and what oneDNN made of it."""
+FEW = 2**16
+"""Numbers up to which more passes take less time than more calls."""
 
+BLOCK = 64
+"""Queries, and keys, of a block of ``blocked_attention``."""
 
-@declare(row_wise=True)
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``reference.linear`` through oneDNN where that is faster."""
-    fast = _may_overwrite(x) and x.dim() == 2 and mkldnn.is_available()
-    if fast and len(x) <= ONEDNN_ROWS and (len(x) <= ONEDNN_SIZES[-1] or _as_it_is(len(x))):
-        return _onednn(x, weight.to(x.dtype))
-    return reference.linear(x, weight)
-
-
-@declare(row_wise=True)
-def prepacked_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``linear`` on a copy of the weight in oneDNN's own layout, made at its first use and when it has changed."""
-    if x.dim() != 2 or not _onednn_packs(x) or torch.is_grad_enabled() or weight.is_inference():
-        return linear(x, weight)
-    now = (weight._version, x.dtype)
-    made, packed = PACKED.get(weight, (None, None))
-    if made != now:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(x.dtype))
-        PACKED[weight] = now, packed
-    return _onednn(x, packed)
+SCORES = 2**20
+"""Scores of it at a time: more would not stay in the cache."""
 
 
 @declare(row_wise=True)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.device.type != "cpu" or torch.is_grad_enabled():
         return F.rms_norm(x, weight.shape, weight, eps)
+    if x.dtype == torch.bfloat16 and x.numel() > FEW:
+        # Batch norm in evaluation, a row as a channel of mean 0: the same arithmetic, one pass for three.
+        rows = x.reshape(1, -1, x.shape[-1])
+        squares = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).square_().div_(x.shape[-1])[0]
+        normed = F.batch_norm(rows, torch.zeros_like(squares), squares, eps=eps)
+        return normed.view(x.shape).mul_(weight)
     wide = reference.at_least_float32(x)
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -79,6 +53,19 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
+@declare(row_wise=True, parts={"rms_norm": rms_norm, "rope": rope})
+def qk_norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """In bfloat16 on a CPU all heads at once, which is half the calls."""
+    if not _narrow(q):
+        return rope(rms_norm(q, q_weight, eps), cos, sin), rope(rms_norm(k, k_weight, eps), cos, sin)
+    heads = (q.shape[1], k.shape[1])
+    weight = torch.cat((q_weight.expand(heads[0], -1), k_weight.expand(heads[1], -1)))
+    q, k = rope(rms_norm(torch.cat((q, k), dim=1), weight, eps), cos, sin).split(heads, dim=1)
+    return q, k
+
+
 @declare(row_wise=True)
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up) if _may_overwrite(gate) else reference.swiglu(gate, up)
@@ -91,10 +78,12 @@ def attention(
 ) -> Tensor:  # fmt: skip
     """PyTorch's SDPA, one call for neighbours of equal lengths, which sorted batches are full of.
 
+    ``blocked_attention`` where that is faster: in bfloat16 on AMD's CPUs.
     Raises InputError under forward-mode differentiation (``torch.func.jvp``, ``jacfwd``), which SDPA does not have.
     """
-    lengths = ((x.stop - x.start for x in rows) for rows in reference.sequences(cu_seqlens_q, cu_seqlens_k, causal))
-    runs = [(*pair, len(list(run))) for pair, run in groupby(map(tuple, lengths))]
+    if causal and _narrow(q) and _blocks_pay():
+        return blocked_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    runs = _runs(cu_seqlens_q, cu_seqlens_k, causal)
     # split, not slices: the gradient of each slice would be a tensor of all rows.
     q_runs = q.split([n * len_q for len_q, _, n in runs])
     k_runs, v_runs = (x.split([n * len_k for _, len_k, n in runs]) for x in (k, v))
@@ -114,41 +103,85 @@ def attention(
     return out[0] if len(out) == 1 else torch.cat(out)  # torch.cat would copy a single one
 
 
-def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    """oneDNN's product of rows x [T, in] and a weight, packed or not: [T, out]. No row depends on what is filled in."""
-    if _as_it_is(len(x)):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    sizes = _sizes(len(x))
-    *parts, last = x.split([*sizes[:-1], len(x) - sum(sizes[:-1])])
-    filled = torch.cat((last, last.new_zeros(sizes[-1] - len(last), x.shape[1])))
-    products = [_onednn(part, weight) for part in (*parts, filled)]
-    return (products[0] if len(sizes) == 1 else torch.cat(products))[: len(x)]
+@declare(causal=True)
+def blocked_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    *, causal: bool = True,
+) -> Tensor:  # fmt: skip
+    """Blocks of 64 positions against the keys up to their end, all texts of as many blocks at once.
+
+    A block is the same product whatever shares the batch, and however few of its rows query, as after a shared prefix.
+    It is ``attention`` where gradients are recorded and without ``causal``.
+    """
+    if not causal or torch.is_grad_enabled():
+        return attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    runs = _runs(cu_seqlens_q, cu_seqlens_k, causal)
+    q_runs, out_runs = (x.split([n * len_q for len_q, _, n in runs]) for x in (q, out))
+    k_runs, v_runs = (x.split([n * len_k for _, len_k, n in runs]) for x in (k, v))
+    groups: dict[tuple[int, int], list[tuple[Any, ...]]] = {}
+    for (len_q, len_k, n), *rows in zip(runs, q_runs, out_runs, k_runs, v_runs, strict=True):
+        parts = (x.unflatten(0, (n, -1)).transpose(1, 2) for x in rows)
+        group = ((len_k - len_q) // BLOCK, -(-len_k // BLOCK))
+        groups.setdefault(group, []).append((len_q, len_k, n, *parts))
+    for (first, count), members in groups.items():
+        _attend_blocks(first, count, members)
+    return out
 
 
-def _as_it_is(rows: int) -> bool:
-    """Whether this number of rows is multiplied as it is: one of the sizes, or of the first numbers."""
-    if rows in MET or rows in PACKED_SIZES:
-        return True
-    if rows <= ONEDNN_ROWS and len(MET) < FIRST_NUMBERS:
-        MET.add(rows)
-    return rows in MET
+def _attend_blocks(first: int, count: int, runs: list[tuple[Any, ...]]) -> None:
+    """Attention of texts of ``count`` blocks, from block ``first`` on.
+
+    runs: of texts of equal lengths, len_q, len_k, n, queries and results [n, Hq, len_q, D], keys, values
+    [n, Hkv, len_k, D].
+    """
+    q, k = runs[0][3], runs[0][5]
+    n, (_, kv_heads, _, dim), positions = sum(run[2] for run in runs), k.shape, (count - first) * BLOCK
+    queries = q.new_zeros(n, q.shape[1], positions, dim)
+    keys, values = k.new_zeros(2, n, kv_heads, count * BLOCK, dim)
+    spans, start = [], 0
+    for len_q, len_k, size, q_run, _, k_run, v_run in runs:
+        texts, offset = slice(start, start + size), len_k - len_q - first * BLOCK
+        spans.append((texts, slice(None), slice(offset, offset + len_q)))
+        queries[spans[-1]] = q_run
+        keys[texts, :, :len_k], values[texts, :, :len_k] = k_run, v_run
+        start += size
+    queries = queries.view(n * kv_heads, -1, positions, dim)
+    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+    later = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q.device).triu(1)
+    for block in queries.split(BLOCK, dim=2):  # each is overwritten by its result
+        first += 1
+        end = first * BLOCK
+        size = 1 << (SCORES // (block.shape[1] * BLOCK * end) | 1).bit_length() - 1  # a power of 2: none is left alone
+        for part, a, b in zip(*(x.split(size) for x in (block, keys, values)), strict=True):
+            scores = torch.bmm(part.flatten(1, 2), a[:, :end].transpose(1, 2)).mul_(dim**-0.5)
+            scores.unflatten(1, (-1, BLOCK))[..., -BLOCK:].masked_fill_(later, -torch.inf)
+            part.copy_(torch.bmm(scores.softmax(-1), b[:, :end]).view_as(part))
+    z = queries.view(n, -1, positions, dim)
+    for span, run in zip(spans, runs, strict=True):
+        run[4].copy_(z[span])
 
 
-def _sizes(rows: int) -> list[int]:
-    """Numbers of ``PACKED_SIZES`` that add up to ``rows``, or a few more."""
-    if rows <= ONEDNN_SIZES[-1]:
-        return [ONEDNN_SIZES[bisect_left(ONEDNN_SIZES, rows)]]
-    size = PACKED_SIZES[bisect_right(PACKED_SIZES, rows) - 1]
-    return [size, *(_sizes(rows - size) if rows > size else [])]
+def _runs(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, causal: bool) -> list[tuple[int, int, int]]:
+    """Neighbours of equal lengths: queries, keys, and how many there are."""
+    lengths = ((x.stop - x.start for x in rows) for rows in reference.sequences(cu_seqlens_q, cu_seqlens_k, causal))
+    return [(*pair, len(list(run))) for pair, run in groupby(map(tuple, lengths))]
 
 
-def _onednn_packs(x: Tensor) -> bool:
-    """Whether oneDNN has a layout of its own for weights of x's dtype; for bfloat16, not on every CPU."""
-    if x.device.type != "cpu":
+@cache
+def _blocks_pay() -> bool:
+    """Whether ``blocked_attention`` is faster than SDPA in bfloat16: twice on AMD's CPUs, half on Intel's."""
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
         return False
-    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _narrow(x: Tensor) -> bool:
+    """Whether x is bfloat16 on a CPU, and no gradient is recorded."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def _may_overwrite(x: Tensor) -> bool:
-    """Whether x is float32 on a CPU and no gradient will need what an operation in place overwrites."""
-    return x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled()
+    """Whether x is on a CPU, in a dtype that is not float16, and no gradient needs what is overwritten."""
+    return x.dtype in (torch.float32, torch.bfloat16) and x.device.type == "cpu" and not torch.is_grad_enabled()

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from .embedder import Embedder
 from .errors import InputError, check_int
-from .model import Qwen3Model
+from .model import OWN, Linear, Qwen3Model
 from .ops import FUSED, OPERATIONS, Ops
 from .prefix_cache import PrefixCache
 from .reading import as_list
@@ -71,8 +71,9 @@ class Row:
     layer: int | None
     """None outside the layers."""
     operation: str
-    """A projection's name, a field of ``Ops`` (``qk_norm_rope`` also where it is not fused), ``embed_tokens``,
-    ``tokenizer``, or ``residual add``: from the end of a block's last product on, where no operation does it."""
+    """A projection's name, or those of several in one operation; a field of ``Ops`` (``qk_norm_rope`` also where it is
+    not fused), ``embed_tokens``, ``tokenizer``, or ``residual add``: from the end of a block's last product on, where
+    no operation does it."""
     calls: int
     """Number of calls; more than one in a layer where there are several batches, or blocks of rows."""
     seconds: float
@@ -204,7 +205,7 @@ def profile(pretrained: Embedder | Reranker, inputs: Iterable[Any], *, repeats: 
     Example:
         >>> report = profile(Embedder.from_pretrained("tiny-embedding"), ["gravity"], repeats=1)
         >>> [row.operation for row in report.by_operation()][:4], len(report.by_layer())
-        (['tokenizer', 'embed_tokens', 'rms_norm', 'q_proj'], 4)
+        (['tokenizer', 'embed_tokens', 'rms_norm', 'q_proj, k_proj, v_proj'], 4)
     """
     check_int("repeats", repeats, 1)
     inputs = as_list("inputs", inputs)
@@ -265,16 +266,21 @@ class _Timer:
         self.layer: int | None = None
         self.start: _Mark = None
         """When the matrix that is in use began."""
+        self.names: dict[int, str] = {}
+        """Of the projections, by their weights' ids."""
         self.pairs = cache(visible_pairs)  # a GPU is waited for once in a batch, not in every layer
 
     @contextmanager
     def on(self, model: Qwen3Model) -> Iterator[None]:
-        """Within, matrices and layers have hooks, and the other operations are wrapped."""
+        """Within, operations are wrapped, and layers and the matrices that are no operation's have hooks."""
         ops, handles = model.ops, []
         for name, module in model.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
+            parent, _, own_name = name.rpartition(".")
+            if type(module) is Linear and module.scale is None and type(model.get_submodule(parent)) in OWN:
+                self.names[id(module.weight)] = own_name
+            elif isinstance(module, (nn.Linear, nn.Embedding)):
                 handles.append(module.register_forward_pre_hook(self.begin))
-                handles.append(module.register_forward_hook(partial(self.end, name.rpartition(".")[2])))
+                handles.append(module.register_forward_hook(partial(self.end, own_name)))
         for i, layer in enumerate(model.layers):
             handles.append(layer.register_forward_pre_hook(partial(self.enter, i)))
             handles.append(layer.register_forward_hook(self.leave))
@@ -287,8 +293,8 @@ class _Timer:
                 handle.remove()
 
     def wrapped(self, ops: Ops) -> Ops:
-        """All operations but ``linear``, which the hooks of the matrices time, with what they declare."""
-        functions = {name: f for name in (*OPERATIONS, *FUSED) if name != "linear" and (f := getattr(ops, name))}
+        """All operations, with what they declare."""
+        functions = {name: f for name in (*OPERATIONS, *FUSED) if (f := getattr(ops, name))}
         found: dict[str, Any] = {name: self.timed(name, function) for name, function in functions.items()}
         for name, function in found.items():
             said = allows(functions[name])
@@ -311,7 +317,10 @@ class _Timer:
             outs = out if isinstance(out, tuple) else (out,)
             on_heads = operation == "rope" or (operation == "rms_norm" and args[0].dim() == 3)
             name = "qk_norm_rope" if on_heads else operation
-            self.add(name, start, end, count_flops(operation, args, outs[0], pairs), (*args, *outs))
+            if operation in ("linear", "linears"):
+                name = ", ".join(self.names.get(id(weight), "linear") for weight in args[1:])
+            flops = sum(count_flops(operation, args, x, pairs) for x in (outs if operation == "linears" else outs[:1]))
+            self.add(name, start, end, flops, (*args, *outs))
             return out
 
         return run
@@ -363,7 +372,7 @@ def count_flops(operation: str, args: tuple[Any, ...], out: Tensor, pairs: int =
     They are those that the result needs; what an implementation does beyond, such as products that are masked, is not
     counted, nor is softmax.
 
-        linear          2 T in out      a product and a sum for each row and weight
+        linear          2 T in out      a product and a sum for each row and weight; linears: of one result
         attention       4 D Hq pairs    D products and sums for q . k and as many for p . v, for each key that is seen
         rms_norm        4               square, sum, division by the root, weight; for each number of x
         add_rms_norm    5               and the sum
@@ -376,7 +385,7 @@ def count_flops(operation: str, args: tuple[Any, ...], out: Tensor, pairs: int =
         pool, norm_pool 3               square, sum, division; for each number of the result, where it is normalised
     """
     x = args[0]
-    if operation == "linear":
+    if operation in ("linear", "linears"):
         return 2 * x.numel() * out.shape[-1]
     if operation == "attention":
         return 4 * x.shape[1] * x.shape[2] * pairs

@@ -10,7 +10,7 @@ from tolerances import REORDERED_FP32
 from torch.backends import mkldnn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwen3core import ops_torch
+from qwen3core import products
 
 needs_onednn = pytest.mark.skipif(not mkldnn.is_available(), reason="torch without oneDNN")
 
@@ -31,20 +31,20 @@ class Rows(TorchDispatchMode):
 @needs_onednn
 @pytest.mark.parametrize("op", ["linear", "prepacked_linear"])
 def test_onednn_meets_few_numbers_of_rows(op, monkeypatch):
-    monkeypatch.setattr(ops_torch, "MET", set())
+    monkeypatch.setattr(products, "MET", set())
     torch.manual_seed(0)
     x, weight = torch.randn(1100, 32), torch.nn.Parameter(torch.randn(16, 32))
     with torch.no_grad():
         expected = x.double() @ weight.double().T
         with Rows() as rows:
-            results = {n: getattr(ops_torch, op)(x[:n], weight) for n in (500, *range(1101), 500)}
+            results = {n: getattr(products, op)(x[:n], weight) for n in (500, *range(1101), 500)}
     for n, result in results.items():
         assert result.shape == (n, 16)
         assert (result - expected[:n]).norm() <= REORDERED_FP32 * expected[:n].norm()
-    sizes = [n for n in ops_torch.PACKED_SIZES if op != "linear" or n <= ops_torch.ONEDNN_ROWS]
-    assert len(ops_torch.MET) == ops_torch.FIRST_NUMBERS
-    assert 500 in ops_torch.MET
-    assert rows.seen == {*sizes, *ops_torch.MET}
+    sizes = [n for n in products.PACKED_SIZES if op != "linear" or n <= products.ONEDNN_ROWS]
+    assert len(products.MET) == products.FIRST_NUMBERS
+    assert 500 in products.MET
+    assert rows.seen == {*sizes, *products.MET}
 
 
 @needs_onednn
@@ -52,7 +52,7 @@ def test_onednn_meets_few_numbers_of_rows(op, monkeypatch):
 def test_onednn_takes_rows_of_any_shape(op):
     x, weight = torch.randn(9, 5, 32), torch.nn.Parameter(torch.randn(16, 32))
     with torch.no_grad():
-        torch.testing.assert_close(getattr(ops_torch, op)(x, weight), x @ weight.T)
+        torch.testing.assert_close(getattr(products, op)(x, weight), x @ weight.T)
 
 
 GROWTH = """

@@ -1,0 +1,191 @@
+"""Products with the weights on a CPU, through oneDNN where it is faster: weights that it lays out for itself once,
+several weights as one product, and few numbers of rows, for each of which it holds on to code.
+
+``linear`` and ``linears`` are those of ``Ops.torch``; ``prepacked_*`` and ``invariant_*`` those of the sets of their
+names.
+"""
+
+import ctypes
+import mmap
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from weakref import ref
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.backends import mkldnn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from . import reference
+from .reference import declare
+
+ONEDNN_ROWS = 512
+"""Rows up to which oneDNN's float32 product is faster on a CPU: 1.7 times at 16, 1.3 at 128 (bench/README.md)."""
+
+FIRST_NUMBERS = 10
+"""oneDNN holds on to 0.6 MB of code for each number of rows and shape of weight that it meets. So the first numbers
+of rows are multiplied as they are, which are all where few lengths recur, and later ones are filled up."""
+
+MET: set[int] = set()
+"""Those first numbers."""
+
+ONEDNN_SIZES = (1, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128)
+"""Numbers of rows that later ones are filled up to, with zeros; of float32, what is more is MKL's."""
+
+PACKED_SIZES = (*ONEDNN_SIZES, *range(192, 1025, 64))
+"""The same of weights in oneDNN's own layout; more rows are multiplied in parts of equal size."""
+
+USES = 16
+"""Products with a bfloat16 weight before ``Ops.torch`` lays it out: what that takes is then soon gained."""
+
+PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""``Packed`` by the first of its weights."""
+
+DONTNEED = getattr(mmap, "MADV_DONTNEED", 4)
+"""Linux's advice that pages are not needed."""
+
+
+@dataclass
+class Packed:
+    """Weights side by side in oneDNN's layout, and what they were made of."""
+
+    weights: tuple[ref[Tensor], ...]
+    versions: tuple[int, ...]
+    dtype: torch.dtype
+    uses: int = 0
+    packed: Tensor | None = None
+
+    def made_of(self, weights: Sequence[Tensor], dtype: torch.dtype) -> bool:
+        """Whether these are the weights, and none has changed."""
+        same = len(weights) == len(self.weights) and all(a() is b for a, b in zip(self.weights, weights, strict=True))
+        return same and self.dtype == dtype and self.versions == tuple(w._version for w in weights)
+
+
+@declare(row_wise=True)
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``reference.linear`` through oneDNN where that is faster; a bfloat16 weight is laid out at its 16th use."""
+    packed = _packed(x, (weight,), USES)
+    return _plain(x, weight) if packed is None else _onednn(x, packed)
+
+
+@declare(row_wise=True, parts={"linear": linear})
+def linears(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """``linear`` with each weight; as one product once they are laid out, so that each result is a view of it."""
+    packed = _packed(x, weights, USES)
+    return tuple(_plain(x, w) for w in weights) if packed is None else _split(_onednn(x, packed), weights)
+
+
+@declare(row_wise=True)
+def prepacked_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``linear`` on a copy of the weight in oneDNN's own layout, made at its first use and when it has changed."""
+    packed = _packed(x, (weight,))
+    return _plain(x, weight) if packed is None else _onednn(x, packed)
+
+
+@declare(row_wise=True, parts={"linear": prepacked_linear})
+def prepacked_linears(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    packed = _packed(x, weights)
+    return tuple(_plain(x, w) for w in weights) if packed is None else _split(_onednn(x, packed), weights)
+
+
+def _plain(x: Tensor, weight: Tensor) -> Tensor:
+    """The product with a weight as it is stored."""
+    fast = x.device.type == "cpu" and not torch.is_grad_enabled() and x.dim() == 2 and mkldnn.is_available()
+    rows = len(x)
+    if fast and x.dtype == torch.float32 and rows <= ONEDNN_ROWS and (rows <= ONEDNN_SIZES[-1] or _as_it_is(rows)):
+        return _onednn(x, weight.to(x.dtype))
+    if fast and x.dtype == weight.dtype == torch.bfloat16 and _has_layout(x):
+        return _onednn(x, weight)
+    return reference.linear(x, weight)
+
+
+def _split(product: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return product.split([len(weight) for weight in weights], dim=1)
+
+
+def _packed(x: Tensor, weights: tuple[Tensor, ...], uses: int = 0) -> Tensor | None:
+    """The weights in oneDNN's layout, for products with rows x [T, in]; None where it has none, or not yet.
+
+    uses: products before they are laid out; then only bfloat16 pages of a file are, which the copy can replace.
+    """
+    if x.dim() != 2 or not _has_layout(x) or torch.is_grad_enabled() or any(w.is_inference() for w in weights):
+        return None
+    if uses and (x.dtype != torch.bfloat16 or any(w.dtype != x.dtype or _in_memory(w) for w in weights)):
+        return None
+    found: Packed | None = PACKED.get(weights[0])
+    if found is None or not found.made_of(weights, x.dtype):
+        found = Packed(tuple(map(ref, weights)), tuple(w._version for w in weights), x.dtype)
+        PACKED[weights[0]] = found
+    found.uses += 1
+    if found.packed is None and found.uses > uses:
+        whole = weights[0].detach() if len(weights) == 1 else torch.cat([w.detach() for w in weights])
+        found.packed = torch.ops.mkldnn._reorder_linear_weight(whole.to(x.dtype))
+        for weight in weights:
+            give_back(weight)
+    return found.packed
+
+
+def _in_memory(weight: Tensor) -> bool:
+    """Whether a weight is not pages of a file."""
+    return weight.untyped_storage().resizable()
+
+
+def give_back(weight: Tensor) -> None:
+    """Take the pages of a file that hold a weight out of this process's memory; they are read again where needed.
+
+    Nothing happens to a weight of which a page is this process's own, since it was written to, or where the system does
+    not say so.
+    """
+    size = mmap.PAGESIZE
+    first, end = -(-weight.data_ptr() // size), (weight.data_ptr() + weight.nbytes) // size
+    if _in_memory(weight) or end <= first:
+        return
+    try:
+        with Path("/proc/self/pagemap").open("rb", buffering=0) as file:
+            file.seek(8 * first)
+            flags = np.frombuffer(file.read(8 * (end - first)), "<u8")
+    except OSError:
+        return
+    there, of_a_file = (flags >> 62) != 0, (flags >> 61) & 1 == 1  # in memory or swapped out; of a file, not its own
+    if len(flags) == end - first and bool((of_a_file | ~there).all()):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first * size), ctypes.c_size_t((end - first) * size), DONTNEED)
+
+
+def _onednn(x: Tensor, weight: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+    """oneDNN's product of rows x [T, in] and a weight, packed or not: [T, out]. No row depends on what is filled in.
+
+    sizes: the numbers of rows that it may multiply; None: ``PACKED_SIZES``, and the first that it meets.
+    """
+    if len(x) in sizes if sizes else _as_it_is(len(x)):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    size = _size(len(x), sizes or PACKED_SIZES)
+    *parts, last = x.split(size)
+    if len(last) < size:
+        last = torch.cat((last, last.new_zeros(size - len(last), x.shape[1])))
+    products = [torch.ops.mkldnn._linear_pointwise(part, weight, None, "none", [], "") for part in (*parts, last)]
+    return (products[0] if len(products) == 1 else torch.cat(products))[: len(x)]
+
+
+def _as_it_is(rows: int) -> bool:
+    """Whether this number of rows is multiplied as it is: one of the sizes, or of the first numbers."""
+    if rows in MET or rows in PACKED_SIZES:
+        return True
+    if rows <= ONEDNN_ROWS and len(MET) < FIRST_NUMBERS:
+        MET.add(rows)
+    return rows in MET
+
+
+def _size(rows: int, sizes: Sequence[int]) -> int:
+    """The least of ``sizes`` that rows fill in as few parts as can be: a part more would read the weight again."""
+    parts = -(-rows // sizes[-1])
+    return sizes[bisect_left(sizes, -(-rows // parts))]
+
+
+def _has_layout(x: Tensor) -> bool:
+    """Whether oneDNN has a layout of its own for weights of x's dtype; for bfloat16, not on every CPU."""
+    if x.device.type != "cpu" or not mkldnn.is_available():
+        return False
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
