@@ -113,6 +113,17 @@ class Ops:
         return replace(Ops.torch(), linear=products.prepacked_linear, linears=products.prepacked_linears)
 
     @staticmethod
+    def batch_invariant() -> "Ops":
+        """``prepacked()`` that gives a text the same bits whatever shares its batch, on a CPU.
+
+        Neighbours, their order, ``batch_tokens``, a shared prefix or a cache then change no bit of a vector or score,
+        at a fixed number of threads; modules after pooling (Dense) are not looked after. Its price: bench/README.md.
+        Raises InputError where torch is built without oneDNN.
+        """
+        own = {name: getattr(products, f"invariant_{name}") for name in ("linear", "linears")}
+        return replace(Ops.prepacked(), **own, attention=ops_torch.blocked_attention)
+
+    @staticmethod
     def triton() -> "Ops":
         """The Triton kernels of ``qwen3core.kernels``, forward and backward; rope and pool alone are the reference.
 
@@ -152,6 +163,7 @@ def resolve(ops: "Ops | str", device: torch.device | None = None) -> Ops:
         "reference": Ops.reference,
         "torch": Ops.torch,
         "prepacked": Ops.prepacked,
+        "batch_invariant": Ops.batch_invariant,
         "triton": Ops.triton,
     }
     if not isinstance(ops, str) or ops not in sets:

@@ -47,6 +47,12 @@ PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 DONTNEED = getattr(mmap, "MADV_DONTNEED", 4)
 """Linux's advice that pages are not needed."""
 
+SAME_BITS: dict[tuple[object, ...], tuple[int, ...]] = {}
+"""Numbers of rows that give a row the same bits, by shape, dtype and threads."""
+
+NUMBERS = 2**20
+"""Results that are compared for it."""
+
 
 @dataclass
 class Packed:
@@ -89,6 +95,20 @@ def prepacked_linear(x: Tensor, weight: Tensor) -> Tensor:
 def prepacked_linears(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     packed = _packed(x, weights)
     return tuple(_plain(x, w) for w in weights) if packed is None else _split(_onednn(x, packed), weights)
+
+
+@declare(row_wise=True)
+def invariant_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``prepacked_linear`` in numbers of rows that give each row the same bits."""
+    return invariant_linears(x, weight)[0]
+
+
+@declare(row_wise=True, parts={"linear": invariant_linear})
+def invariant_linears(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    packed = _packed(x, weights)
+    if packed is None:
+        return tuple(reference.linear(x, w) for w in weights)
+    return _split(_onednn(x, packed, _same_bits(x, packed)), weights)
 
 
 def _plain(x: Tensor, weight: Tensor) -> Tensor:
@@ -182,6 +202,25 @@ def _size(rows: int, sizes: Sequence[int]) -> int:
     """The least of ``sizes`` that rows fill in as few parts as can be: a part more would read the weight again."""
     parts = -(-rows // sizes[-1])
     return sizes[bisect_left(sizes, -(-rows // parts))]
+
+
+def _same_bits(x: Tensor, packed: Tensor) -> tuple[int, ...]:
+    """The sizes that give a row the same bits, seen on random rows: where oneDNN splits the sums, it depends on them.
+
+    128 always is among them. Of a million numbers, sums in another order round some hundred differently.
+    """
+    key = (*packed.shape, x.dtype, torch.get_num_threads())
+    if key not in SAME_BITS:
+        usual, count = ONEDNN_SIZES[-1], max(PACKED_SIZES[-1], NUMBERS // len(packed))
+        rows = torch.randn(count, x.shape[1], generator=torch.Generator().manual_seed(0)).to(x.dtype)
+        whole = _onednn(rows, packed, [usual])
+        found = []
+        for n in PACKED_SIZES:
+            first = max(n, NUMBERS // len(packed))
+            if torch.equal(_onednn(rows[:first], packed, [n]), whole[:first]):
+                found.append(n)
+        SAME_BITS[key] = tuple(found)
+    return SAME_BITS[key]
 
 
 def _has_layout(x: Tensor) -> bool:

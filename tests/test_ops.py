@@ -157,7 +157,7 @@ def test_without_onednn(monkeypatch):
 
 
 def test_unknown_ops_set():
-    names = "auto, reference, torch, prepacked, triton"
+    names = "auto, reference, torch, prepacked, batch_invariant, triton"
     with pytest.raises(InputError, match=f"ops: expected one of {names}, or an Ops, found 'cuda'"):
         resolve("cuda")
 

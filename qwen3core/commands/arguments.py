@@ -28,7 +28,7 @@ def add_command(
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add ``--device`` and ``--ops``."""
     parser.add_argument("--device", help="cpu, cuda, ...; by default the first GPU where there is one")
-    parser.add_argument("--ops", default="auto", help="auto, reference, torch, prepacked or triton")
+    parser.add_argument("--ops", default="auto", help="auto, reference, torch, prepacked, batch_invariant or triton")
 
 
 def add_job(parser: argparse.ArgumentParser) -> None:
