@@ -6,28 +6,31 @@
     vectors = embed(["a text", "another"], batch_size=1)
 
 Every engine reads text and returns numpy on the host, so that a timed call includes tokenisation, batching and copies.
-onnxruntime and llama.cpp run on the CPU only and need the checkpoint in another format: the first opening writes it,
-into a folder beside the checkpoint, and no timed call does.
+onnxruntime, OpenVINO and llama.cpp run on the CPU only and need the checkpoint in another format: the first opening
+writes it, into a folder beside the checkpoint, and no timed call does. Packages are imported by what opens an engine:
+no environment has them all.
 """
 
+from __future__ import annotations
+
 import ctypes
+import functools
 import hashlib
-import json
+import os
 import shutil
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch.nn import functional as F
 
-from qwen3core import Embedder, Reranker, Tokenizer
-from qwen3core.config import Qwen3Config
-from qwen3core.prompts import DEFAULT_TASK, NO, RERANKER, RERANKER_BODY, RERANKER_PREFIX, RERANKER_SUFFIX, YES
-from qwen3core.weights.build import open_model
+if TYPE_CHECKING:
+    import torch
+
+    from qwen3core.config import Qwen3Config
 
 Embed = Callable[..., np.ndarray]
 """(texts, batch_size=None) to unit vectors, float32 [n, H]. No prompt is added. A batch_size of None is the engine's
@@ -37,44 +40,66 @@ Rerank = Callable[..., np.ndarray]
 
 MAX_LENGTH = 8192
 """Tokens of a text, or of a query with its document and template; the rest is truncated."""
-LONG_TEXT_LENGTH = 32768
-"""The same for the two engines that embed long texts."""
 CACHE = "bench-cache"
 """Folder of converted checkpoints, beside the checkpoint."""
 GGUF_TYPES = {"float32": "F32", "bfloat16": "BF16"}
 LLAMA_SEQUENCES = 64
 """Sequences that llama.cpp decodes at once, at most."""
+PRODUCTS = "its matrix products alone"
 
 
-def embedders(directory: Path, dtype: str, *, device: str = "cpu") -> dict[str, Callable[[], Embed]]:
+def embedders(
+    directory: Path, dtype: str, *, device: str = "cpu", length: int = MAX_LENGTH
+) -> dict[str, Callable[[], Embed]]:
     """Functions that open an engine, by its name: all engines that know this dtype and device."""
     cache = directory.parent / CACHE
     engines: dict[str, Callable[[], Embed]] = {
-        "qwen3core": lambda: _qwen3core_embed(directory, dtype, device),
-        "transformers": lambda: _transformers_embed(directory, dtype, device),
-        "sentence-transformers": lambda: _sentence_transformers_embed(directory, dtype, device),
+        "qwen3core": lambda: _qwen3core_embed(directory, dtype, device, length),
+        "transformers": lambda: _transformers_embed(directory, dtype, device, length),
+        "sentence-transformers": lambda: _sentence_transformers_embed(directory, dtype, device, length),
     }
     if device == "cpu":
-        engines["qwen3core, prepacked"] = lambda: _qwen3core_embed(directory, dtype, device, ops="prepacked")
-        engines["llama.cpp"] = lambda: _llama_embed(directory, GGUF_TYPES[dtype], cache)
-        engines["llama.cpp Q8_0"] = lambda: _llama_embed(directory, "Q8_0", cache)
+        engines["qwen3core, prepacked"] = lambda: _qwen3core_embed(directory, dtype, device, length, ops="prepacked")
+        engines["qwen3core, int8"] = lambda: _qwen3core_embed(directory, "int8", device, length)
+        engines["vLLM"] = lambda: _vllm_embed(directory, dtype, length)
+        engines["OpenVINO"] = lambda: _openvino_embed(directory, dtype, length, cache)
+        engines["llama.cpp"] = lambda: _llama_embed(directory, GGUF_TYPES[dtype], length, cache)
+        engines["llama.cpp Q8_0"] = lambda: _llama_embed(directory, "Q8_0", length, cache)
     if device == "cpu" and dtype == "float32":  # its CPU kernels know no bfloat16
-        engines["onnxruntime"] = lambda: _onnxruntime_embed(directory, cache)
+        engines["onnxruntime"] = lambda: _onnxruntime_embed(directory, length, cache)
     return engines
 
 
-def rerankers(directory: Path, dtype: str, *, device: str = "cpu") -> dict[str, Callable[[], Rerank]]:
+def rerankers(
+    directory: Path, dtype: str, *, device: str = "cpu", length: int = MAX_LENGTH
+) -> dict[str, Callable[[], Rerank]]:
     """Functions that open an engine, by its name: all engines that know this dtype and device."""
     cache = directory.parent / CACHE
     engines: dict[str, Callable[[], Rerank]] = {
-        "qwen3core": lambda: _qwen3core_rerank(directory, dtype, device),
-        "transformers": lambda: _transformers_rerank(directory, dtype, device),
-        "sentence-transformers": lambda: _cross_encoder_rerank(directory, dtype, device),
+        "qwen3core": lambda: _qwen3core_rerank(directory, dtype, device, length),
+        "transformers": lambda: _transformers_rerank(directory, dtype, device, length),
+        "transformers, last logits": lambda: _transformers_rerank(directory, dtype, device, length, logits=1),
+        "sentence-transformers": lambda: _cross_encoder_rerank(directory, dtype, device, length),
     }
     if device == "cpu":
-        engines["llama.cpp"] = lambda: _llama_rerank(directory, GGUF_TYPES[dtype], cache)
-        engines["llama.cpp Q8_0"] = lambda: _llama_rerank(directory, "Q8_0", cache)
+        engines["vLLM"] = lambda: _vllm_rerank(directory, dtype, length)
+        engines["llama.cpp"] = lambda: _llama_rerank(directory, GGUF_TYPES[dtype], length, cache)
+        engines["llama.cpp Q8_0"] = lambda: _llama_rerank(directory, "Q8_0", length, cache)
     return engines
+
+
+def products(
+    directory: Path, dtype: str, *, device: str = "cpu", length: int = MAX_LENGTH
+) -> dict[str, Callable[[], Callable[[int], np.ndarray]]]:
+    """The same for the model's matrix products, of a number of tokens; what they give is nothing to compare."""
+    return {PRODUCTS: lambda: _products(directory, dtype, device)}
+
+
+OPENERS: dict[str, Callable[..., dict[str, Callable[[], Any]]]] = {
+    "embed": embedders,
+    "rerank": rerankers,
+    "products": products,
+}
 
 
 def _split(items: Sequence[Any], batch_size: int | None) -> list[Sequence[Any]]:
@@ -86,22 +111,65 @@ def _split(items: Sequence[Any], batch_size: int | None) -> list[Sequence[Any]]:
 # CPU without bfloat16 instructions that is float32 arithmetic on the bfloat16 weights.
 
 
-def _qwen3core_embed(directory: Path, dtype: str, device: str, ops: str = "auto") -> Embed:
+def _qwen3core_embed(directory: Path, dtype: str, device: str, length: int, ops: str = "auto") -> Embed:
+    from qwen3core import Embedder
+
     stored = "auto" if dtype == "bfloat16" else dtype
-    embedder = Embedder.from_pretrained(directory, dtype=stored, device=device, ops=ops, max_length=LONG_TEXT_LENGTH)
+    embedder = Embedder.from_pretrained(directory, dtype=stored, device=device, ops=ops, max_length=length)
     return lambda texts: embedder.encode(texts, prompt="")
 
 
-def _qwen3core_rerank(directory: Path, dtype: str, device: str) -> Rerank:
-    reranker = Reranker.from_pretrained(directory, dtype="auto" if dtype == "bfloat16" else dtype, device=device)
+def _qwen3core_rerank(directory: Path, dtype: str, device: str, length: int) -> Rerank:
+    from qwen3core import Reranker
+
+    stored = "auto" if dtype == "bfloat16" else dtype
+    reranker = Reranker.from_pretrained(directory, dtype=stored, device=device, max_length=length)
     return lambda query, documents: reranker.predict([(query, document) for document in documents])
+
+
+def _products(directory: Path, dtype: str, device: str) -> Callable[[int], np.ndarray]:
+    """Random rows by random weights of the model's shapes; q, k and v as one, gate and up as one. On a CPU the weights
+    are in oneDNN's own layout: nothing else in PyTorch multiplies as fast."""
+    import torch
+    from torch.nn import functional as F
+
+    from qwen3core.config import Qwen3Config
+
+    config = Qwen3Config.from_file(directory / "config.json")
+    heads, key_heads = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    hidden, wide = config.hidden_size, config.intermediate_size
+    shapes = [(heads + 2 * key_heads, hidden), (hidden, heads), (2 * wide, hidden), (hidden, wide)]
+    kind = getattr(torch, dtype)
+    weights = [torch.randn(shape, device=device, dtype=kind) for shape in shapes * config.num_hidden_layers]
+    widths = [weight.shape[1] for weight in weights]
+    if device == "cpu":
+        weights = [torch.ops.mkldnn._reorder_linear_weight(weight) for weight in weights]
+
+    @functools.cache
+    def rows(tokens: int, width: int) -> torch.Tensor:
+        return torch.randn(tokens, width, device=device, dtype=kind)
+
+    @torch.no_grad()
+    def run(tokens: int) -> np.ndarray:
+        for width, weight in zip(widths, weights, strict=True):
+            if device == "cpu":
+                torch.ops.mkldnn._linear_pointwise(rows(tokens, width), weight, None, "none", [], "")
+            else:
+                F.linear(rows(tokens, width), weight)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return np.zeros(0)
+
+    return run
 
 
 # transformers: the model cards' code. Without batch_size all texts are one padded batch, as in the cards. The only
 # change is no_grad around the embedding model, which its card leaves out.
 
 
-def _transformers_embed(directory: Path, dtype: str, device: str) -> Embed:
+def _transformers_embed(directory: Path, dtype: str, device: str, length: int) -> Embed:
+    import torch
+    from torch.nn import functional as F
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
@@ -111,8 +179,7 @@ def _transformers_embed(directory: Path, dtype: str, device: str) -> Embed:
     def embed(texts: list[str], batch_size: int | None = None) -> np.ndarray:
         vectors = []
         for part in _split(texts, batch_size):
-            batch = tokenizer(part, padding=True, truncation=True, max_length=LONG_TEXT_LENGTH, return_tensors="pt")
-            batch = batch.to(device)
+            batch = tokenizer(part, padding=True, truncation=True, max_length=length, return_tensors="pt").to(device)
             outputs = model(**batch)
             pooled = _last_token_pool(outputs.last_hidden_state, batch["attention_mask"])
             vectors.append(F.normalize(pooled, p=2, dim=1).float().cpu().numpy())
@@ -123,22 +190,31 @@ def _transformers_embed(directory: Path, dtype: str, device: str) -> Embed:
 
 def _last_token_pool(last_hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """The hidden state of each text's last token; copied from the model card."""
+    import torch
+
     if attention_mask[:, -1].sum() == attention_mask.shape[0]:  # left-padded
         return last_hidden_states[:, -1]
     lengths = attention_mask.sum(dim=1) - 1
     return last_hidden_states[torch.arange(len(lengths), device=last_hidden_states.device), lengths]
 
 
-def _transformers_rerank(directory: Path, dtype: str, device: str) -> Rerank:
-    """The model card's code: it forms the logits of every position, [n, L, vocabulary], and uses the last."""
+def _transformers_rerank(directory: Path, dtype: str, device: str, length: int, logits: int = 0) -> Rerank:
+    """The model card's code: it forms the logits of every position, [n, L, vocabulary], and uses the last.
+
+    logits: form those of as many last positions; 0: all.
+    """
+    import torch
+    from torch.nn import functional as F
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from qwen3core.prompts import DEFAULT_TASK, NO, RERANKER, RERANKER_PREFIX, RERANKER_SUFFIX, YES
 
     tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
     model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
     model.to(device).eval()
     yes, no = (tokenizer.convert_tokens_to_ids(token) for token in (YES, NO))
     prefix, suffix = (tokenizer.encode(text, add_special_tokens=False) for text in (RERANKER_PREFIX, RERANKER_SUFFIX))
-    body_length = MAX_LENGTH - len(prefix) - len(suffix)
+    body_length = length - len(prefix) - len(suffix)
 
     @torch.no_grad()
     def rerank(query: str, documents: list[str], batch_size: int | None = None) -> np.ndarray:
@@ -148,9 +224,9 @@ def _transformers_rerank(directory: Path, dtype: str, device: str) -> Rerank:
                 part, padding=False, truncation="longest_first", return_attention_mask=False, max_length=body_length
             )
             inputs["input_ids"] = [prefix + ids + suffix for ids in inputs["input_ids"]]
-            inputs = tokenizer.pad(inputs, padding=True, return_tensors="pt", max_length=MAX_LENGTH).to(device)
-            logits = model(**inputs).logits[:, -1, :]
-            pair = torch.stack([logits[:, no], logits[:, yes]], dim=1)
+            inputs = tokenizer.pad(inputs, padding=True, return_tensors="pt", max_length=length).to(device)
+            last = model(**inputs, logits_to_keep=logits).logits[:, -1, :]
+            pair = torch.stack([last[:, no], last[:, yes]], dim=1)
             scores.append(F.log_softmax(pair, dim=1)[:, 1].exp().float().cpu().numpy())
         return np.concatenate(scores)
 
@@ -161,11 +237,12 @@ def _transformers_rerank(directory: Path, dtype: str, device: str) -> Rerank:
 # only the last position's logits.
 
 
-def _sentence_transformers_embed(directory: Path, dtype: str, device: str) -> Embed:
+def _sentence_transformers_embed(directory: Path, dtype: str, device: str, length: int) -> Embed:
+    import torch
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(directory), model_kwargs={"dtype": getattr(torch, dtype)}, device=device)
-    model.max_seq_length = MAX_LENGTH
+    model.max_seq_length = length
 
     def embed(texts: list[str], batch_size: int | None = None) -> np.ndarray:
         return model.encode(texts, prompt="", batch_size=batch_size or 32, show_progress_bar=False)
@@ -173,25 +250,14 @@ def _sentence_transformers_embed(directory: Path, dtype: str, device: str) -> Em
     return embed
 
 
-def _cross_encoder_rerank(directory: Path, dtype: str, device: str) -> Rerank:
-    """CrossEncoder's defaults for a checkpoint without its files (Transformer, LogitScore), with the card's template.
-
-    The tokenizer's own chat template has no place for a query and a document.
-    """
+def _cross_encoder_rerank(directory: Path, dtype: str, device: str, length: int) -> Rerank:
+    """The checkpoint's own template and score, which is a logit."""
+    import torch
     from sentence_transformers import CrossEncoder
 
-    content = '{{{{ messages | selectattr("role", "eq", "{}") | map(attribute="content") | first }}}}'
-    body = RERANKER_BODY.format(
-        instruction=DEFAULT_TASK, query=content.format("query"), document=content.format("document")
-    )
-    prefix, suffix = (f"{{{{ {json.dumps(text)} }}}}" for text in (RERANKER_PREFIX, RERANKER_SUFFIX))
-    model = CrossEncoder(
-        str(directory),
-        model_kwargs={"dtype": getattr(torch, dtype)},
-        processor_kwargs={"chat_template": prefix + body + suffix},
-        max_length=MAX_LENGTH,
-        device=device,
-    )
+    kind = {"dtype": getattr(torch, dtype)}
+    sigmoid = torch.nn.Sigmoid()
+    model = CrossEncoder(str(directory), model_kwargs=kind, max_length=length, device=device, activation_fn=sigmoid)
 
     def rerank(query: str, documents: list[str], batch_size: int | None = None) -> np.ndarray:
         pairs = [(query, document) for document in documents]
@@ -200,62 +266,140 @@ def _cross_encoder_rerank(directory: Path, dtype: str, device: str) -> Rerank:
     return rerank
 
 
-# onnxruntime: transformers' model exported to ONNX, float32; texts sorted by length in tokens, batches padded.
+# vLLM: its own scheduler and kernels, bound to the cores that it may use. It compiles the model at the first opening,
+# and finds the result in its cache later: slower to open than enforce_eager=True, faster at every workload.
 
 
-def _onnxruntime_embed(directory: Path, cache: Path) -> Embed:
-    """An export of our own. optimum-onnx's last release needs transformers < 4.58, and its graph of Qwen3 needs
-    position_ids, which sentence-transformers' backend="onnx" does not pass."""
-    import onnxruntime
+def _vllm(directory: Path, dtype: str, length: int, **options: Any) -> Any:
+    """An LLM. Its manual asks for the preloaded libraries, which the process that it starts for its engine inherits."""
+    library = Path(sys.prefix) / "lib"
+    found = [*library.glob("libtcmalloc*.so*"), *library.glob("libiomp5.so")]
+    os.environ["LD_PRELOAD"] = ":".join(map(str, found))
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    gigabytes = length // MAX_LENGTH * (2 if dtype == "float32" else 1)  # keys and values of one text of MAX_LENGTH
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, gigabytes))
+    from vllm import LLM
+
+    return LLM(str(directory), runner="pooling", dtype=dtype, max_model_len=length, seed=0, **options)
+
+
+def _vllm_embed(directory: Path, dtype: str, length: int) -> Embed:
+    model = _vllm(directory, dtype, length)
+
+    def embed(texts: list[str]) -> np.ndarray:
+        found = model.embed(texts, use_tqdm=False)
+        return np.array([output.outputs.embedding for output in found], np.float32)
+
+    return _forgetful(model, embed)
+
+
+def _vllm_rerank(directory: Path, dtype: str, length: int) -> Rerank:
+    """The model card's code for vLLM's score."""
+    from qwen3core.prompts import DEFAULT_TASK, NO, RERANKER_BODY, RERANKER_PREFIX, RERANKER_SUFFIX, YES
+
+    overrides = {
+        "architectures": ["Qwen3ForSequenceClassification"],
+        "classifier_from_token": [NO, YES],
+        "is_original_qwen3_reranker": True,
+    }
+    model = _vllm(directory, dtype, length, hf_overrides=overrides, enable_prefix_caching=True)
+    start, end = (RERANKER_PREFIX + RERANKER_BODY + RERANKER_SUFFIX).split("{document}")
+    start, mark = start[: -len("<Document>: ")], "<Document>: "
+
+    def rerank(query: str, documents: list[str]) -> np.ndarray:
+        filled = start.format(instruction=DEFAULT_TASK, query=query)
+        found = model.score(filled, [mark + document + end for document in documents], use_tqdm=False)
+        return np.array([output.outputs.score for output in found], np.float32)
+
+    return _forgetful(model, rerank)
+
+
+def _forgetful(model: Any, run: Any) -> Any:
+    run.forget = model.reset_prefix_cache
+    return run
+
+
+# OpenVINO: optimum-intel's export, texts sorted by length in tokens, batches padded.
+
+
+def _openvino_embed(directory: Path, dtype: str, length: int, cache: Path) -> Embed:
+    from optimum.intel import OVModelForFeatureExtraction
+
+    def write(folder: Path) -> None:
+        exported = OVModelForFeatureExtraction.from_pretrained(
+            directory, export=True, compile=False, load_in_8bit=False
+        )
+        exported.save_pretrained(folder)
+
+    folder = _converted(directory, cache, "openvino", write)
+    hint = {"INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype]}
+    model = OVModelForFeatureExtraction.from_pretrained(folder, ov_config=hint)
+
+    def run(batch: dict[str, np.ndarray]) -> np.ndarray:
+        last = np.asarray(model(**batch).last_hidden_state[:, -1])
+        return last / np.linalg.norm(last, axis=1, keepdims=True)
+
+    return _sorted_batches(directory, length, run)
+
+
+def _sorted_batches(directory: Path, length: int, run: Callable[[dict[str, np.ndarray]], np.ndarray]) -> Embed:
+    """Left-padded batches, longest texts first, 32 by default; ``run`` gives a batch's unit vectors."""
     from transformers import AutoTokenizer
 
-    folder = _converted(directory, cache, "onnx", lambda target: _write_onnx(directory, target))
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or its threads slow the engine after it
-    session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
     tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
 
     def embed(texts: list[str], batch_size: int | None = None) -> np.ndarray:
-        sequences = tokenizer(texts, truncation=True, max_length=MAX_LENGTH)["input_ids"]
+        sequences = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
         order = sorted(range(len(texts)), key=lambda i: -len(sequences[i]))
-        vectors = []
-        for part in _split(order, batch_size or 32):
-            batch = tokenizer.pad({"input_ids": [sequences[i] for i in part]}, return_tensors="np")
-            vectors.append(session.run(None, dict(batch))[0])
-        result = np.empty((len(texts), vectors[0].shape[1]), np.float32)
-        result[order] = np.concatenate(vectors)
-        return result
+        parts = [
+            tokenizer.pad({"input_ids": [sequences[i] for i in part]}, return_tensors="np")
+            for part in _split(order, batch_size or 32)
+        ]
+        vectors = np.concatenate([run(dict(part)) for part in parts])
+        return vectors[np.argsort(order)]
 
     return embed
 
 
-class _PooledModel(torch.nn.Module):
-    """The exported graph: ids and mask, left-padded, to unit vectors."""
+# onnxruntime: transformers' model exported to ONNX, float32; batches as for OpenVINO.
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        return F.normalize(outputs.last_hidden_state[:, -1], p=2, dim=1)
+def _onnxruntime_embed(directory: Path, length: int, cache: Path) -> Embed:
+    """An export of our own. optimum-onnx's last release needs transformers < 4.58, and its graph of Qwen3 needs
+    position_ids, which sentence-transformers' backend="onnx" does not pass."""
+    import onnxruntime
+
+    folder = _converted(directory, cache, "onnx", lambda target: _write_onnx(directory, target))
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    return _sorted_batches(directory, length, lambda batch: session.run(None, batch)[0])
 
 
 def _write_onnx(directory: Path, folder: Path) -> None:
     """Write model.onnx. Opset 23 has operators for RMSNorm, RoPE and grouped-query attention, for which onnxruntime has
     CPU kernels."""
     import onnxscript  # noqa: F401 (torch.onnx needs it; if it is missing, fail before minutes of work)
+    import torch
+    from torch.nn import functional as F
     from transformers import AutoModel
 
-    model = _PooledModel(AutoModel.from_pretrained(directory, dtype=torch.float32)).eval()
+    class Pooled(torch.nn.Module):
+        """The exported graph: ids and mask, left-padded, to unit vectors."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = AutoModel.from_pretrained(directory, dtype=torch.float32)
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            return F.normalize(outputs.last_hidden_state[:, -1], p=2, dim=1)
+
     input_ids = torch.arange(100, 151).view(3, 17)
     mask = torch.ones_like(input_ids)
     mask[0, :5] = 0
     dynamic = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     with torch.no_grad():
         torch.onnx.export(
-            model,
+            Pooled().eval(),
             (input_ids, mask),
             folder / "model.onnx",
             dynamo=True,
@@ -272,30 +416,35 @@ def _write_onnx(directory: Path, folder: Path) -> None:
 # gets our ids. Its graph multiplies every position by the whole lm_head, even where only embeddings are asked for.
 
 
-def _llama_embed(directory: Path, gguf_type: str, cache: Path) -> Embed:
-    run = _llama(directory, gguf_type, cache, reranker=False)
+def _llama_embed(directory: Path, gguf_type: str, length: int, cache: Path) -> Embed:
+    from qwen3core import Tokenizer
+
+    run = _llama(directory, gguf_type, length, cache, reranker=False)
     tokenizer = Tokenizer(directory / "tokenizer.json")
 
     def embed(texts: list[str], batch_size: int | None = None) -> np.ndarray:
-        pooled = run(tokenizer.embedding(texts, MAX_LENGTH), batch_size)
+        pooled = run(tokenizer.embedding(texts, length), batch_size)
         return pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
 
     return embed
 
 
-def _llama_rerank(directory: Path, gguf_type: str, cache: Path) -> Rerank:
-    run = _llama(directory, gguf_type, cache, reranker=True)
+def _llama_rerank(directory: Path, gguf_type: str, length: int, cache: Path) -> Rerank:
+    from qwen3core import Tokenizer
+    from qwen3core.prompts import DEFAULT_TASK, RERANKER
+
+    run = _llama(directory, gguf_type, length, cache, reranker=True)
     tokenizer = Tokenizer(directory / "tokenizer.json")
 
     def rerank(query: str, documents: list[str], batch_size: int | None = None) -> np.ndarray:
         bodies = [RERANKER.fill(DEFAULT_TASK, query, document) for document in documents]
-        return run(tokenizer.reranking(bodies, MAX_LENGTH), batch_size)[:, 0]
+        return run(tokenizer.reranking(bodies, length), batch_size)[:, 0]
 
     return rerank
 
 
 def _llama(
-    directory: Path, gguf_type: str, cache: Path, *, reranker: bool, tokens: int = 512
+    directory: Path, gguf_type: str, length: int, cache: Path, *, reranker: bool, tokens: int = 512
 ) -> Callable[[list[list[int]], int | None], np.ndarray]:
     """Return a function from sequences of ids to pooled rows [n, H], or [n, 2] of a reranker (yes, no).
 
@@ -307,13 +456,13 @@ def _llama(
     ll.llama_log_set(_drop_log, ctypes.c_void_p(0))
     ll.llama_backend_init()
     model = ll.llama_model_load_from_file(str(folder / "model.gguf").encode(), ll.llama_model_default_params())
-    context = ll.llama_init_from_model(model, _llama_options(ll, reranker, tokens))
-    batch = ll.llama_batch_init(MAX_LENGTH, 0, 1)
+    context = ll.llama_init_from_model(model, _llama_options(ll, reranker, length, tokens))
+    batch = ll.llama_batch_init(length, 0, 1)
     width = 2 if reranker else ll.llama_model_n_embd(model)
 
     def run(sequences: list[list[int]], batch_size: int | None) -> np.ndarray:
         rows = np.empty((len(sequences), width), np.float32)
-        for group in _groups([len(ids) for ids in sequences], batch_size, tokens):
+        for group in _groups([len(ids) for ids in sequences], batch_size, length, tokens):
             flat = [(id_, position, i) for i, n in enumerate(group) for position, id_ in enumerate(sequences[n])]
             batch.n_tokens = len(flat)
             for k, (token, position, sequence) in enumerate(flat):
@@ -330,9 +479,11 @@ def _llama(
     return run
 
 
-def _llama_options(ll: ModuleType, reranker: bool, tokens: int) -> Any:
+def _llama_options(ll: ModuleType, reranker: bool, length: int, tokens: int) -> Any:
+    import torch
+
     options = ll.llama_context_default_params()
-    options.n_ctx = options.n_batch = MAX_LENGTH
+    options.n_ctx = options.n_batch = length
     options.n_ubatch = tokens
     options.n_seq_max = LLAMA_SEQUENCES
     options.n_threads = options.n_threads_batch = torch.get_num_threads()
@@ -346,7 +497,7 @@ def _drop_log(*_: object) -> None:
     """Ignore a line of llama.cpp's log."""
 
 
-def _groups(lengths: list[int], batch_size: int | None, tokens: int) -> list[list[int]]:
+def _groups(lengths: list[int], batch_size: int | None, length: int, tokens: int) -> list[list[int]]:
     """Indices by falling length, in groups of batch_size sequences or, without it, of at most ``tokens`` tokens.
 
     A sequence longer than that is a group of its own.
@@ -356,7 +507,7 @@ def _groups(lengths: list[int], batch_size: int | None, tokens: int) -> list[lis
     used = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         full = len(groups[-1]) == sequences if groups else True
-        if full or used + lengths[i] > (MAX_LENGTH if batch_size else tokens):
+        if full or used + lengths[i] > (length if batch_size else tokens):
             groups.append([])
             used = 0
         groups[-1].append(i)
@@ -366,6 +517,9 @@ def _groups(lengths: list[int], batch_size: int | None, tokens: int) -> list[lis
 
 def _write_gguf(directory: Path, folder: Path, gguf_type: str, reranker: bool) -> None:
     import gguf
+
+    from qwen3core import Tokenizer
+    from qwen3core.weights.build import open_model
 
     model, tensors = open_model(directory, lm_head=reranker)
     writer = gguf.GGUFWriter(folder / "model.gguf", "qwen3")

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ host to queue the call meanwhile, so that device time is measured and not Python
 Runs = Mapping[str, Callable[[], object]]
 """The call to time, by the engine's name."""
 Timing = dict[str, Any]
-"""{"p20", "p50", "p80"} in milliseconds, or {"error"}"""
+"""{"p25", "p50", "p75"} in milliseconds, or {"error"}"""
 
 
 def compare(engines: Runs, device: torch.device, *, repeats: int, warmup: int = 3) -> dict[str, Timing]:
@@ -45,25 +46,32 @@ def compare(engines: Runs, device: torch.device, *, repeats: int, warmup: int = 
             runs[name] = run
         except Exception as error:
             results[name] = failure(error)
-    times = device_times(runs, repeats, device) if device.type == "cuda" else wall_times(runs, repeats)
+    if device.type == "cuda":
+        times = device_times(runs, repeats, device)
+    else:
+        times = alternate({name: partial(wall_time, run) for name, run in runs.items()}, repeats)
     for name, values in times.items():
-        results[name] = percentiles(values)
+        results[name] = quartiles(values)
     return results
 
 
-def wall_times(engines: Runs, repeats: int, *, warmup: int = 0) -> dict[str, list[float]]:
-    """Wall clock in milliseconds of every call but the warm-up's, the engines one after the other in each repeat.
+def alternate(engines: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """The times that every call gives, the engines one after the other in each repeat.
 
-    Every second repeat goes backwards, since what an engine leaves behind (spinning threads, caches) slows the next.
+    Every second repeat goes backwards, since what an engine leaves behind (caches, a warm CPU) changes the next.
     """
     times: dict[str, list[float]] = {name: [] for name in engines}
-    for repeat in range(-warmup, repeats):
+    for repeat in range(repeats):
         for name, run in list(engines.items())[:: -1 if repeat % 2 else 1]:
-            start = time.perf_counter()
-            run()
-            if repeat >= 0:
-                times[name].append((time.perf_counter() - start) * 1e3)
+            times[name].append(run())
     return times
+
+
+def wall_time(run: Callable[[], object]) -> float:
+    """Milliseconds of a call."""
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3
 
 
 def device_times(engines: Runs, repeats: int, device: torch.device) -> dict[str, list[float]]:
@@ -82,8 +90,8 @@ def device_times(engines: Runs, repeats: int, device: torch.device) -> dict[str,
     return {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in events.items()}
 
 
-def percentiles(times: list[float]) -> Timing:
-    return {f"p{p}": float(numpy.percentile(times, p)) for p in (20, 50, 80)}
+def quartiles(values: list[float]) -> Timing:
+    return {f"p{p}": float(numpy.percentile(values, p)) for p in (25, 50, 75)}
 
 
 def failure(error: Exception) -> Timing:
@@ -104,7 +112,10 @@ def environment(device: torch.device) -> dict[str, Any]:
             command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
             found["driver"] = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0]
         return found
-    return found | {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text("utf-8").split() if cpuinfo.exists() else []
+    features = [name for name in ("avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8") if name in flags]
+    return found | {"cpu": features, "threads": torch.get_num_threads()}
 
 
 def save(folder: Path, name: str, rows: Iterable[dict], environment: dict, ceilings: dict[str, float]) -> Path:

@@ -49,7 +49,7 @@ def engines(folder: Path, device: str) -> None:
     groups = {
         label: others
         for label, group in by_label(rows).items()
-        if (others := [row for row in group if row["engine"] != OURS])
+        if (others := [row for row in group if row["engine"] != OURS and "ratio" in row])
     }
     if groups:
         ratio_chart(folder / "engines.png", device, groups)
@@ -66,7 +66,9 @@ def ratio_chart(path: Path, device: str, groups: dict[str, list[Row]]) -> None:
     for label, rows in groups.items():
         axis.text(0.05, top, label, weight="bold", va="center")
         places = [top + 1 + i for i in range(len(rows))]
-        low, middle, high = ([row[key] for row in rows] for key in ("ratio_p20", "ratio", "ratio_p80"))
+        low, middle, high = (
+            [row.get(key, row["ratio"]) for row in rows] for key in ("ratio_p25", "ratio", "ratio_p75")
+        )
         spread = [[m - a for m, a in zip(middle, low, strict=True)], [b - m for m, b in zip(middle, high, strict=True)]]
         bars = axis.barh(places, middle, xerr=spread, color=["C0" if m >= 1 else "C1" for m in middle])
         axis.bar_label(bars, fmt="%.2fx", padding=3)
@@ -76,7 +78,7 @@ def ratio_chart(path: Path, device: str, groups: dict[str, list[Row]]) -> None:
     axis.set_yticks(list(ticks), list(ticks.values()))
     axis.set_ylim(top, -1)
     axis.margins(x=0.1)
-    axis.set_xlabel("time, as a multiple of qwen3core's (median, 20th to 80th percentile); orange: faster than it")
+    axis.set_xlabel("time or memory, as a multiple of qwen3core's (median and quartiles); orange: faster than it")
     axis.set_title(device, fontsize=10)
     axis.grid(axis="x", alpha=0.3)
     axis.set_axisbelow(True)

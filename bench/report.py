@@ -8,6 +8,25 @@ from bench.workloads import OURS, Row
 from qwen3core.writing import writing
 
 README = Path(__file__).parent / "README.md"
+TARGETS = [
+    ("one query", "transformers", 1.7),
+    ("one query", "vLLM", 1.0),
+    ("one query", "OpenVINO", 1.0),
+    ("corpus", "transformers", 3.5),
+    ("corpus", "sentence-transformers, best batches", 1.6),
+    ("corpus", "vLLM", 1.0),
+    ("corpus", "OpenVINO, best batches", 1.0),
+    ("corpus", "qwen3core, int8", 1.0),
+    ("equal lengths, 8 x 128", "its matrix products alone", 0.85),
+    ("rerank", "transformers", 3.0),
+    ("rerank", "transformers, last logits", 2.3),
+    ("rerank", "vLLM", 1.0),
+    ("long", "transformers", 1.0),
+    ("long", "vLLM", 1.0),
+    ("start-up", "transformers", 2.5),
+    ("memory, queries", "transformers", 1.0),
+]
+"""Workload, engine, the least multiple of our time or memory that it should take: bfloat16, on a CPU that has it."""
 
 
 def timed_rows(folder: Path) -> list[Row]:
@@ -16,8 +35,13 @@ def timed_rows(folder: Path) -> list[Row]:
         row | {"dtype": path.stem.rpartition("_")[2]}
         for path in sorted(folder.glob("*_*.json"))
         for row in json.loads(path.read_text("utf-8"))["rows"]
-        if "ratio" in row
+        if "ratio" in row or "differs" in row
     ]
+
+
+def environments(folder: Path) -> list[dict]:
+    """Those of all results in a device's folder that compare engines."""
+    return [json.loads(path.read_text("utf-8"))["environment"] for path in sorted(folder.glob("*_*.json"))]
 
 
 def by_label(rows: list[Row]) -> dict[str, list[Row]]:
@@ -29,19 +53,58 @@ def by_label(rows: list[Row]) -> dict[str, list[Row]]:
     return groups
 
 
-def table(folder: Path) -> str:
-    """A row for each workload, a column for each engine: its time over qwen3core's."""
-    groups = by_label(timed_rows(folder))
+def table(folder: Path) -> list[str]:
+    """A row for each workload, a column for each engine: its time over qwen3core's, and quartiles of that."""
+    rows = timed_rows(folder)
+    groups = by_label(rows)
     names = dict.fromkeys(row["engine"] for rows in groups.values() for row in rows if row["engine"] != OURS)
     lines = [f"| workload | {OURS} | " + " | ".join(names) + " |", "|---|---:" + "|---:" * len(names) + "|"]
-    for label, rows in groups.items():
-        engines = {row["engine"]: row for row in rows}
-        cells = (f"{engines[name]['ratio']:.2f}x" if name in engines else "" for name in names)
+    for label, group in groups.items():
+        engines = {row["engine"]: row for row in group}
+        cells = (cell(engines[name]) if name in engines else "" for name in names)
         lines.append(f"| {label} | {speed(engines[OURS])} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    for label, worst in agreements(rows).items():
+        cells = (f"{worst[name]:.4g}" if name in worst else "" for name in names)
+        lines.append(f"| {label} | | " + " | ".join(cells) + " |")
+    return lines
+
+
+def cell(row: Row) -> str:
+    if "differs" in row:
+        return f"differs: {row['differs']}"
+    spread = f" [{row['ratio_p25']:.2f}, {row['ratio_p75']:.2f}]" if "ratio_p25" in row else ""
+    return f"{row['ratio']:.2f}x{spread}"
+
+
+def agreements(rows: list[Row]) -> dict[str, dict[str, float]]:
+    """Least cosine and largest difference of P(yes) to qwen3core's results, by dtype, by engine."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        for key, label, worst in (("cosine", "least cosine", min), ("dP", "largest difference of P(yes)", max)):
+            if key in row:
+                engines = found.setdefault(f"{label}, {row['dtype']}", {})
+                engines[row["engine"]] = worst(row[key], engines.get(row["engine"], row[key]))
+    return found
+
+
+def targets(folder: Path) -> list[str]:
+    """The targets that were measured, and what was seen."""
+    if not any("bf16" in name for each in environments(folder) for name in each.get("cpu", ())):
+        return []
+    lines = ["", "| workload | engine | target | seen | met |", "|---|---|---:|---:|---|"]
+    groups = by_label(timed_rows(folder))
+    for workload, engine, least in TARGETS:
+        for label, rows in groups.items():
+            for row in rows:
+                if label.startswith(workload) and label.endswith("bfloat16") and row["engine"] == engine:
+                    met = "yes" if row.get("ratio", 0) >= least else "**no**"
+                    lines.append(f"| {label} | {engine} | {least:.2f}x | {cell(row)} | {met} |")
+    return lines
 
 
 def speed(row: Row) -> str:
+    if row["workload"] == "memory":
+        return f"{row['MiB']:.0f} MiB"
     if row["workload"] == "one query":
         return f"{row['p50']:.0f} ms"
     if "tokens" in row:
@@ -50,20 +113,33 @@ def speed(row: Row) -> str:
 
 
 def tables(results: Path = RESULTS) -> str:
-    """A section for each device that engines were compared on: versions, the table, its charts."""
-    sections = []
-    for folder in sorted({path.parent for path in results.glob("*/*.json")}):
-        if not by_label(timed_rows(folder)):
-            continue
-        found = [json.loads(path.read_text("utf-8"))["environment"] for path in sorted(folder.glob("*_*.json"))]
-        last = max(found, key=lambda environment: environment["date"])
-        threads = f", {last['threads']} threads" if "threads" in last else ""
-        dates = " to ".join(sorted({min(environment["date"] for environment in found), last["date"]}))
-        charts = ", ".join(f"[{path.name}](results/{folder.name}/{path.name})" for path in sorted(folder.glob("*.png")))
-        sections.append(
-            f"### {last['device']}\n\n{dates}, torch {last['torch']}{threads}. Charts: {charts}.\n\n{table(folder)}\n"
-        )
-    return "\n".join(sections)
+    """A section for each device that engines were compared on: versions, the table, targets."""
+    folders = sorted({path.parent for path in results.glob("*/*.json")})
+    sections = (
+        [*heading(folder), "", *table(folder), *targets(folder)] for folder in folders if by_label(timed_rows(folder))
+    )
+    return "\n".join("\n".join(lines) + "\n" for lines in sections)
+
+
+def heading(folder: Path) -> list[str]:
+    """The device, what it can do and had to do, its charts, and which versions were compared when."""
+    found = environments(folder)
+    last = max(found, key=lambda environment: environment["date"])
+    said = [" to ".join(sorted({min(environment["date"] for environment in found), last["date"]}))]
+    said.append(f"torch {last['torch']}")
+    if "threads" in last:
+        said.append(f"{last['threads']} threads")
+    said += last.get("cpu", ())
+    loads = [load for environment in found for load in environment.get("load", ())]
+    if loads:
+        said.append(f"load {min(loads):.1f} to {max(loads):.1f}")
+    charts = ", ".join(f"[{path.name}](results/{folder.name}/{path.name})" for path in sorted(folder.glob("*.png")))
+    lines = [f"### {last['device']}", "", f"{', '.join(said)}. Charts: {charts}."]
+    engines = {name: used for each in found for name, used in each.get("engines", {}).items()}
+    names = {
+        ", ".join(f"{package} {version}" for package, version in used.items()): name for name, used in engines.items()
+    }
+    return [*lines, *(f"{name}: {packages}." for packages, name in names.items())]
 
 
 def write_tables() -> None:

@@ -1,13 +1,15 @@
 """How fast, how much memory, how soon: qwen3core beside other engines.
 
-    python -m bench.run --quick                     # small random checkpoints: proves that the bench runs
-    python -m bench.run --full [--dtype float32]    # 0.6B checkpoints; JSON, charts and the tables of bench/README.md
+    python -m bench.run --quick     # small random checkpoints: proves that the bench runs
+    python -m bench.run --full --python vllm=VENV/bin/python    # 0.6B; JSON, charts and the tables of bench/README.md
 
-Engines that are not installed are left out, and named. Every time is wall clock around a call that takes texts and
-returns numpy, the engines one after the other in each repeat; ratios are taken within a repeat.
+Every engine runs in a process of its own, of the environment named for it or of this one; those that are not installed
+are left out, and named. Every time is wall clock around a call that takes texts and returns numpy, the engines one
+after the other in each repeat; ratios are taken within a repeat, and only of engines whose results agree.
 """
 
 import argparse
+import os
 import tempfile
 from pathlib import Path
 
@@ -25,19 +27,23 @@ def main() -> None:
         setup = prepare(args, args.checkpoints or Path(temporary))
         environment = harness.environment(torch.device(setup.device))
         print(environment, flush=True)
-        for name in args.workload:
-            found = []
-            for row in WORKLOADS[name](setup):
-                print(line(row), flush=True)
-                found.append(row)
-            if args.full:
-                ceilings = vars(profiling.ceilings(torch.device(setup.device), getattr(torch, args.dtype)))
-                path = harness.save(harness.RESULTS, f"{name}_{args.dtype}", found, environment, ceilings)
-        if args.full:
-            from bench import plot
+        try:
+            for name in args.workload:
+                found, load = [], [os.getloadavg()[0]]
+                for row in WORKLOADS[name](setup):
+                    print(line(row), flush=True)
+                    found.append(row)
+                if args.full:
+                    noted = environment | {"load": [*load, os.getloadavg()[0]], "engines": setup.versions}
+                    ceilings = vars(profiling.ceilings(torch.device(setup.device), getattr(torch, args.dtype)))
+                    path = harness.save(harness.RESULTS, f"{name}_{args.dtype}", found, noted, ceilings)
+        finally:
+            setup.close()
+    if args.full:
+        from bench import plot
 
-            plot.engines(path.parent, environment["device"])
-            report.write_tables()
+        plot.engines(path.parent, environment["device"])
+        report.write_tables()
 
 
 def arguments() -> argparse.Namespace:
@@ -48,9 +54,11 @@ def arguments() -> argparse.Namespace:
         "--full", action="store_true", help="0.6B; writes bench/results and the tables of bench/README.md"
     )
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--python", action="append", default=[], metavar="ENGINE=PATH", help="of its own environment")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full workload's texts")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--length", type=int, default=8192, help="tokens of the long text (default: 8192)")
+    parser.add_argument("--repeats", type=int, default=7, help="long calls are repeated 3 times at most")
     parser.add_argument("--checkpoints", type=Path, help="folder that the synthesized checkpoints stay in")
     return parser.parse_args()
 
@@ -62,9 +70,10 @@ def prepare(args: argparse.Namespace, folder: Path) -> Setup:
     for path in (embedding, reranker):
         if not path.exists():
             synthesize(path, path.name)
-    scale, repeats = (1 / 32, 2) if args.quick else (args.scale, args.repeats)
+    scale, repeats, length = (1 / 8, 2, 256) if args.quick else (args.scale, args.repeats, args.length)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Setup(embedding, reranker, args.dtype, device, repeats, scale, args.quick)
+    pythons = dict(pair.lower().split("=", 1)[:1] + pair.split("=", 1)[1:] for pair in args.python)
+    return Setup(embedding, reranker, args.dtype, device, repeats, scale, length, pythons)
 
 
 def line(row: Row) -> str:

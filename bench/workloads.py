@@ -1,42 +1,44 @@
 """The workloads that the engines are timed on: each yields rows of results.
 
-A row is {"workload", "size", "tokens", "engine", "p20", "p50", "p80" in ms, "ratio", "ratio_p20", "ratio_p80"}: the
-ratio is this engine's time over qwen3core's, taken within each repeat; its median and percentiles are over the repeats.
-Start-up, memory and long texts get a process of their own for each engine.
-
-    python -m bench.workloads < job.json    # that process: see embed_in_child
+A row is {"workload", "size", "tokens", "engine", "cosine" or "dP", "p25", "p50", "p75" in ms, "ratio", "ratio_p25",
+"ratio_p75"}. The ratio is this engine's time over qwen3core's, taken within each repeat; its median and quartiles are
+over the repeats. An engine whose results differ from qwen3core's by more than ``AGREE`` has no times but {"differs"}.
 """
 
-import importlib.util
-import json
 import random
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy
-import torch
-from torch.nn import functional as F
 
 from bench import engines, harness
-from qwen3core import Embedder
+from bench.worker import Failed, Worker
 from qwen3core.samples import LONG_DOCUMENT
 from qwen3core.tokenizer import Tokenizer
 
-ROOT = Path(__file__).parents[1]
 OURS = "qwen3core"
 QUERY = "how does gravity move the planets around the sun"
+AGREE = {"float32": (1e-4, 1e-3), "bfloat16": (2e-3, 6e-2), "int8": (1e-2, 1e-1)}
+"""How much 1 - cosine and P(yes) may differ from qwen3core's. Float32: rounding gives 1e-6, a float16 cache of keys
+2e-4. Bfloat16: on random weights transformers' own error is 3e-2 of a vector's length and of P(yes), so two engines
+differ by up to 6e-2, which is 2e-3 of cosine. Int8, ours and llama.cpp's: twice what 8 bits gave. A wrong pooling, mask
+or template is beyond all of them."""
+BATCHED = ("sentence-transformers", "OpenVINO")
+"""Engines whose best batch size is looked for."""
+SETTLED = 0.25
+"""Seconds before each call: Intel's OpenMP lets the threads of the last engine spin for 0.2."""
 Row = dict[str, Any]
+Run = Callable[[], tuple[float, numpy.ndarray]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Setup:
-    """The checkpoints, the precision and the size of the workloads."""
+    """The checkpoints, the precision and the size of the workloads; the processes of the engines."""
 
     embedding: Path
     reranker: Path
@@ -45,7 +47,15 @@ class Setup:
     repeats: int
     scale: float
     """Share of the full workload's texts."""
-    quick: bool
+    length: int
+    """Tokens of the long text."""
+    pythons: dict[str, str]
+    """The interpreter of an environment, by how the names of its engines begin, in lower case."""
+    versions: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Of the packages of every engine that was opened."""
+    job: str = ""
+    workers: dict[str, Worker] = field(default_factory=dict)
+    """The open engines that do this job."""
 
     def texts(self, lengths: list[int]) -> tuple[list[str], int]:
         """Return texts of about these lengths in tokens, no two alike, and the number of their tokens in all."""
@@ -57,190 +67,192 @@ class Setup:
             texts.append(tokenizer.decode(ids[: n - 1]).replace("\ufffd", ""))
         return texts, sum(map(len, tokenizer.embedding(texts, 2**31)))
 
+    def options(self, job: str) -> dict[str, Any]:
+        """What a worker is opened with, and its engine's name beside."""
+        directory = self.reranker if job == "rerank" else self.embedding
+        length = max(self.length, engines.MAX_LENGTH)
+        return {"directory": directory, "dtype": self.dtype, "device": self.device, "length": length}
+
+    def open(self, job: str, engine: str) -> Worker:
+        """Start an engine's process. Raises Failed."""
+        fitting = [path for start, path in self.pythons.items() if engine.lower().startswith(start)]
+        worker = Worker([*fitting, sys.executable][0], job=job, engine=engine, **self.options(job))
+        self.versions[engine] = worker.versions
+        return worker
+
+    def opened(self, job: str) -> dict[str, Worker]:
+        """All engines that do this job, still open since they were last asked for; those that fail are printed."""
+        if job != self.job:
+            self.close()
+            self.job = job
+            for name in engines.OPENERS[job](**self.options(job)):
+                try:
+                    self.workers[name] = self.open(job, name)
+                except Failed as error:
+                    print(f"{name}: {error}", flush=True)
+        return self.workers
+
+    def close(self) -> None:
+        """End all processes."""
+        for worker in self.workers.values():
+            worker.close()
+        self.workers, self.job = {}, ""
+
 
 def corpus(setup: Setup) -> Iterator[Row]:
     """A corpus of texts of lognormal lengths: median 90 tokens, sigma 0.8, at most 1024."""
     texts, tokens = corpus_texts(setup)
-    runs: dict[str, Callable[[], object]] = {}
-    for name, embed in opened_embedders(setup).items():
-        runs[name] = partial(embed, texts)
-        if name == "sentence-transformers":
-            batches = {str(n): partial(embed, texts, batch_size=n) for n in (1, 2, 4, 8)}
-            times = harness.wall_times(batches, 1)
-            best = min(batches, key=lambda size: times[size])
+    runs: dict[str, Run] = {}
+    for name, worker in setup.opened("embed").items():
+        runs[name] = partial(worker.call, [[texts]])
+        if name in BATCHED:
+            sizes = {n: partial(worker.call, [[texts]], batch_size=n) for n in (1, 2, 4, 8)}
+            times = {n: min(run()[0] for _ in range(2)) for n, run in sizes.items()}
+            best = min(times, key=lambda n: times[n])
             print(f"{name}: its best batches are of {best}, {times}", flush=True)
-            runs[f"{name}, best batches"] = batches[best]
-    yield from rows("corpus", f"{len(texts)} texts", tokens, runs, setup)
+            runs[f"{name}, best batches"] = sizes[best]
+    yield from compared({"workload": "corpus", "size": f"{len(texts)} texts", "tokens": tokens}, runs, setup)
 
 
 def corpus_texts(setup: Setup) -> tuple[list[str], int]:
-    drawn = numpy.random.default_rng(0).lognormal(numpy.log(90), 0.8, round(512 * setup.scale))
+    count = round((512 if setup.device == "cuda" else 24) * setup.scale)
+    drawn = numpy.random.default_rng(0).lognormal(numpy.log(90), 0.8, count)
     return setup.texts([min(1024, max(2, round(n))) for n in drawn])
 
 
 def lengths(setup: Setup) -> Iterator[Row]:
     """Batches of texts of equal length, and the time of the model's matrix products alone for the first of them."""
-    embedders = opened_embedders(setup)
+    workers = setup.opened("embed")
+    products = setup.open("products", engines.PRODUCTS)
     for count, length in ((8, 128), (4, 512), (1, 2048)):
         texts, tokens = setup.texts([length] * count)
-        runs: dict[str, Callable[[], object]] = {name: partial(embed, texts) for name, embed in embedders.items()}
+        runs: dict[str, Run] = {name: partial(worker.call, [[texts]]) for name, worker in workers.items()}
         if length == 128:
-            runs["its matrix products alone"] = matrix_products(setup, tokens)
-        yield from rows("equal lengths", f"{count} x {length}", tokens, runs, setup)
-
-
-def matrix_products(setup: Setup, tokens: int) -> Callable[[], None]:
-    """Return a function that multiplies random [tokens, inputs] by every weight of the model's linear layers."""
-    model = Embedder.from_pretrained(setup.embedding, dtype=setup.dtype, device=setup.device).model
-    weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    inputs = {n: torch.randn(tokens, n).to(weights[0]) for n in {w.shape[1] for w in weights}}
-
-    @torch.no_grad()
-    def run() -> None:
-        for weight in weights:
-            F.linear(inputs[weight.shape[1]], weight)
-        if setup.device == "cuda":
-            torch.cuda.synchronize()
-
-    return run
-
-
-def rerank(setup: Setup) -> Iterator[Row]:
-    """One query with 50 documents of about 120 tokens; only the documents' tokens are counted."""
-    count = round(min(50, 256 * setup.scale))
-    documents, tokens = setup.texts([random.Random(i).randint(90, 150) for i in range(count)])
-    rerankers = opened(engines.rerankers(setup.reranker, setup.dtype, device=setup.device), QUERY, ["a", "b"])
-    runs = {name: partial(score, QUERY, documents) for name, score in rerankers.items()}
-    yield from rows("rerank", f"1 query, {count} documents", tokens, runs, setup)
+            runs[engines.PRODUCTS] = partial(products.call, [[tokens]])
+        labels = {"workload": "equal lengths", "size": f"{count} x {length}", "tokens": tokens}
+        yield from compared(labels, runs, setup)
+    products.close()
 
 
 def query(setup: Setup) -> Iterator[Row]:
     """One short text at a time."""
-    texts, tokens = setup.texts([16] * 8)
-    embedders = opened_embedders(setup)
-    runs = {name: partial(lambda embed: [embed([text]) for text in texts], embed) for name, embed in embedders.items()}
-    for row in rows("one query", "16 tokens", tokens, runs, setup):
-        yield row | {p: row[p] / len(texts) for p in ("p20", "p50", "p80")}
-
-
-SCRIPTS = {
-    OURS: """
-from qwen3core import Embedder
-Embedder.from_pretrained(directory).encode(text)""",
-    "transformers": """
-import torch
-from transformers import AutoModel, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
-model = AutoModel.from_pretrained(directory, dtype="auto")
-with torch.no_grad():
-    model(**tokenizer(text, return_tensors="pt")).last_hidden_state[:, -1].float().numpy()""",
-    "sentence-transformers": """
-from sentence_transformers import SentenceTransformer
-SentenceTransformer(directory, device="cpu").encode(text)""",
-}
-
-
-def startup(setup: Setup) -> Iterator[Row]:
-    """A process from its start to its end after one vector: files in the page cache, the checkpoint's own dtype."""
-    given = f"directory, text = {str(setup.embedding)!r}, {QUERY!r}"
-    runs = {name: partial(run_script, given + SCRIPTS[name]) for name in installed(SCRIPTS)}
-    times = harness.wall_times(runs, setup.repeats, warmup=1)
-    yield from statistics({"workload": "start-up", "size": "first vector"}, times)
-
-
-def run_script(script: str) -> None:
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True)
-
-
-def memory(setup: Setup) -> Iterator[Row]:
-    """Peak resident memory of a process that embeds the corpus, in MiB and as a multiple of the weights' bytes."""
-    texts, _ = corpus_texts(setup)
-    stored = sum(file.stat().st_size for file in setup.embedding.glob("*.safetensors")) / 2**20
-    weights = stored * (2 if setup.dtype == "float32" else 1)  # stored in bfloat16
-    for name in installed((OURS, "transformers", "sentence-transformers")):
-        peak = embed_in_child(setup, name, texts)["peak"]
-        yield {"workload": "memory", "size": "corpus", "engine": name, "MiB": peak, "weights": peak / weights}
+    texts, tokens = setup.texts([14] * 8)
+    runs = {name: partial(worker.call, [[[text]] for text in texts]) for name, worker in setup.opened("embed").items()}
+    for row in compared({"workload": "one query", "size": "14 tokens", "tokens": tokens}, runs, setup):
+        yield row | {p: row[p] / len(texts) for p in ("p25", "p50", "p75") if p in row}
 
 
 def long(setup: Setup) -> Iterator[Row]:
     """One long text: time and peak memory."""
-    for length in (32, 64) if setup.quick else (2048, 8192, 32768):
-        texts, tokens = setup.texts([length])
-        for name in installed((OURS, "transformers")):
-            found = embed_in_child(setup, name, texts)
-            row = {"workload": "long", "size": f"{length} tokens", "engine": name, "tokens": tokens}
-            yield row | {"p50": found["ms"], "MiB": found["peak"]}
+    texts, tokens = setup.texts([setup.length])
+    workers = setup.opened("embed")
+    for worker in workers.values():
+        worker.peak()
+    runs = {name: partial(worker.call, [[texts]]) for name, worker in workers.items()}
+    for row in compared({"workload": "long", "size": f"{setup.length} tokens", "tokens": tokens}, runs, setup, 3):
+        yield row | {"MiB": workers[row["engine"]].peak()}
 
 
 def growth(setup: Setup) -> Iterator[Row]:
     """Time as texts grow in number, and in length; qwen3core only."""
-    embedder = Embedder.from_pretrained(setup.embedding, dtype=setup.dtype, device=setup.device)
-    counts = [(f"{n} texts", [32] * n) for n in (round(1024 * setup.scale * 4**i) for i in range(4))]
-    singles = [(f"1 x {n}", [n]) for n in ((128, 256) if setup.quick else (128, 512, 2048, 8192))]
+    worker = setup.opened("embed")[OURS]
+    counts = [(f"{n} texts", [32] * n) for n in (max(1, round(setup.scale * 4**i)) for i in range(1, 5))]
+    singles = [(f"1 x {n}", [n]) for n in (128, 512, 2048, 8192) if n <= setup.length]
     for size, token_counts in counts + singles:
         texts, tokens = setup.texts(token_counts)
-        yield from rows("growth", size, tokens, {OURS: partial(embedder.encode, texts)}, setup)
+        labels = {"workload": "growth", "size": size, "tokens": tokens}
+        yield from compared(labels, {OURS: partial(worker.call, [[texts]])}, setup, 3)
+
+
+def rerank(setup: Setup) -> Iterator[Row]:
+    """One query with documents of about 120 tokens; only the documents' tokens are counted."""
+    count = round((50 if setup.device == "cuda" else 12) * min(1, setup.scale))
+    documents, tokens = setup.texts([random.Random(i).randint(90, 150) for i in range(count)])
+    runs = {name: partial(worker.call, [[QUERY, documents]]) for name, worker in setup.opened("rerank").items()}
+    yield from compared({"workload": "rerank", "size": f"1 query, {count} documents", "tokens": tokens}, runs, setup)
+
+
+def startup(setup: Setup) -> Iterator[Row]:
+    """From the start of a process to its first vector: files in the page cache, whatever an engine compiles, too."""
+    names = list(setup.opened("embed"))
+    setup.close()
+    times = harness.alternate({name: partial(first_vector, setup, name) for name in names}, min(3, setup.repeats))
+    yield from statistics({"workload": "start-up", "size": "first vector"}, times)
+
+
+def first_vector(setup: Setup, engine: str) -> float:
+    start = time.perf_counter()
+    worker = setup.open("embed", engine)
+    worker.call([[[QUERY]]])
+    elapsed = (time.perf_counter() - start) * 1e3
+    worker.close()
+    return elapsed
+
+
+def memory(setup: Setup) -> Iterator[Row]:
+    """Peak resident memory in MiB, while an engine opens, then serves one text at a time, then the corpus."""
+    names = list(setup.opened("embed"))
+    setup.close()
+    queries, corpus = setup.texts([14] * 16)[0], corpus_texts(setup)[0]
+    calls = {"first vector": [[[QUERY]]], "queries": [[[text]] for text in queries], "corpus": [[corpus]]}
+    ours: dict[str, float] = {}
+    for name in names:
+        worker = setup.open("embed", name)
+        for size, found in calls.items():
+            worker.call(found)
+            peak = worker.peak()
+            row = {"workload": "memory", "size": size, "engine": name, "MiB": peak}
+            yield row | {"ratio": peak / ours.setdefault(size, peak)}  # the first engine is ours
+        worker.close()
 
 
 WORKLOADS: dict[str, Callable[[Setup], Iterator[Row]]] = {
-    f.__name__: f for f in (corpus, lengths, rerank, query, startup, memory, long, growth)
+    f.__name__: f for f in (corpus, lengths, query, long, growth, startup, memory, rerank)
 }
 
 
-def opened(openers: dict[str, Callable[[], Callable]], *first: object) -> dict[str, Callable]:
-    """Open every engine and call it once, untimed; engines that fail are left out, and printed with the reason."""
-    found = {}
-    for name, opener in openers.items():
+def compared(labels: Row, runs: Mapping[str, Run], setup: Setup, repeats: int = sys.maxsize) -> Iterator[Row]:
+    """Rows of those engines that agree with the first, timed, and of those that do not."""
+    found: dict[str, Row] = {}
+    expected = None
+    for name, run in runs.items():
         try:
-            engine = opener()
-            engine(*first)
-            found[name] = engine
-        except Exception as error:
-            print(f"{name}: {harness.failure(error)['error']} ({error})".splitlines()[0][:300], flush=True)
-    return found
+            result = run()[1]
+            expected = result if expected is None else expected
+            found[name] = agreement(result, expected, setup.dtype, name) if len(result) else {}
+        except Failed as error:
+            found[name] = {"differs": str(error)}
+    agreeing = {name: partial(settled, runs[name]) for name, row in found.items() if "differs" not in row}
+    times = harness.alternate(agreeing, min(repeats, setup.repeats))
+    for row in statistics(labels, times):
+        found[row["engine"]] = row | found[row["engine"]]
+    for name, row in found.items():
+        yield labels | {"engine": name} | row
 
 
-def opened_embedders(setup: Setup) -> dict[str, Callable]:
-    return opened(engines.embedders(setup.embedding, setup.dtype, device=setup.device), ["a", "b"])
+def settled(run: Run) -> float:
+    time.sleep(SETTLED)
+    return run()[0]
 
 
-def installed(names: Iterable[str]) -> list[str]:
-    """Those of the engines, named as their packages, that can be imported."""
-    return [name for name in names if importlib.util.find_spec(name.replace("-", "_"))]
-
-
-def rows(workload: str, size: str, tokens: int, runs: harness.Runs, setup: Setup) -> Iterator[Row]:
-    times = harness.wall_times(runs, setup.repeats)
-    yield from statistics({"workload": workload, "size": size, "tokens": tokens}, times)
+def agreement(found: numpy.ndarray, expected: numpy.ndarray, dtype: str, engine: str) -> Row:
+    """The least cosine of vectors, or the largest difference of scores; and whether it is too far from ours."""
+    limits = AGREE["int8" if "int8" in engine or "Q8_0" in engine else dtype]
+    if found.shape != expected.shape:
+        return {"differs": f"shape {found.shape}"}
+    if found.ndim == 1:
+        row = {"dP": float(abs(found - expected).max())}
+        close = row["dP"] <= limits[1]
+    else:
+        unit, other = (x / numpy.linalg.norm(x, axis=1, keepdims=True) for x in (found, expected))
+        row = {"cosine": float((unit * other).sum(1).min())}
+        close = row["cosine"] >= 1 - limits[0]  # False for NaN
+    return row if close else row | {"differs": ", ".join(f"{name} {value:.4g}" for name, value in row.items())}
 
 
 def statistics(labels: Row, times: dict[str, list[float]]) -> Iterator[Row]:
-    """Percentiles of each engine's time, and of its ratio to qwen3core's within the same repeat."""
+    """Quartiles of each engine's time, and of its ratio to qwen3core's within the same repeat."""
     for engine, own in times.items():
-        ratios = harness.percentiles([a / b for a, b in zip(own, times[OURS], strict=True)])
-        ratio = {"ratio": ratios["p50"], "ratio_p20": ratios["p20"], "ratio_p80": ratios["p80"]}
-        yield labels | {"engine": engine, **harness.percentiles(own), **ratio}
-
-
-def embed_in_child(setup: Setup, engine: str, texts: list[str]) -> dict[str, float]:
-    """Start a process that opens the engine and embeds the texts: {"ms", "peak" in MiB}."""
-    job = {"engine": engine, "directory": str(setup.embedding), "dtype": setup.dtype, "device": setup.device}
-    command = [sys.executable, "-m", "bench.workloads"]
-    done = subprocess.run(command, input=json.dumps(job | {"texts": texts}), cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{engine}: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def run_child() -> None:
-    job = json.load(sys.stdin)
-    embed = engines.embedders(Path(job["directory"]), job["dtype"], device=job["device"])[job["engine"]]()
-    start = time.perf_counter()
-    embed(job["texts"])
-    elapsed = (time.perf_counter() - start) * 1e3
-    status = Path("/proc/self/status").read_text("utf-8")  # getrusage would count the parent's memory at the fork
-    print(json.dumps({"ms": elapsed, "peak": int(status.split("VmHWM:")[1].split()[0]) / 1024}))
-
-
-if __name__ == "__main__":
-    run_child()
+        ratios = harness.quartiles([a / b for a, b in zip(own, times[OURS], strict=True)])
+        ratio = {"ratio": ratios["p50"], "ratio_p25": ratios["p25"], "ratio_p75": ratios["p75"]}
+        yield labels | {"engine": engine, **harness.quartiles(own), **ratio}
