@@ -439,7 +439,7 @@ def show(row: dict, first: bool) -> None:
     numbers = [f"{value:.4g}" for value in row.values() if isinstance(value, float)] or [row["error"]]
     if first:
         unit = "GB/s" if row["kernel"] in ROWS else "TFLOP/s"
-        columns = [*labels, "p20 ms", "p50 ms", "p80 ms", unit, "share"]
+        columns = [*labels, "p25 ms", "p50 ms", "p75 ms", unit, "share"]
         print("\n| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     print("| " + " | ".join([*labels.values(), *numbers]) + " |", flush=True)
 

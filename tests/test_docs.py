@@ -46,7 +46,7 @@ def test_own_kernel(tmp_path):
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("| ok |") >= 8
     assert "FAIL" not in run.stdout
-    assert "'my_swiglu': {'p20'" in run.stdout
+    assert "'my_swiglu': {'p25'" in run.stdout
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / ".github" / "CONTRIBUTING.md"], ids=str)
