@@ -278,6 +278,7 @@ def _vllm(directory: Path, dtype: str, length: int, **options: Any) -> Any:
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     gigabytes = length // MAX_LENGTH * (2 if dtype == "float32" else 1)  # keys and values of one text of MAX_LENGTH
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, gigabytes))
+    os.environ["VLLM_USE_AOT_COMPILE"] = "0"  # vLLM 0.32 cannot load what that stored, and compiles at every opening
     from vllm import LLM
 
     return LLM(str(directory), runner="pooling", dtype=dtype, max_model_len=length, seed=0, **options)

@@ -67,7 +67,8 @@ def ratio_chart(path: Path, device: str, groups: dict[str, list[Row]]) -> None:
         axis.text(0.05, top, label, weight="bold", va="center")
         places = [top + 1 + i for i in range(len(rows))]
         low, middle, high = (
-            [row.get(key, row["ratio"]) for row in rows] for key in ("ratio_p25", "ratio", "ratio_p75")
+            [float(row[key] if key in row else row["ratio"]) for row in rows]
+            for key in ("ratio_p25", "ratio", "ratio_p75")
         )
         spread = [[m - a for m, a in zip(middle, low, strict=True)], [b - m for m, b in zip(middle, high, strict=True)]]
         bars = axis.barh(places, middle, xerr=spread, color=["C0" if m >= 1 else "C1" for m in middle])

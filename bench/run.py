@@ -58,7 +58,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--python", action="append", default=[], metavar="ENGINE=PATH", help="of its own environment")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full workload's texts")
     parser.add_argument("--length", type=int, default=8192, help="tokens of the long text (default: 8192)")
-    parser.add_argument("--repeats", type=int, default=7, help="long calls are repeated 3 times at most")
+    parser.add_argument("--repeats", type=int, default=7, help="of short calls; long ones have 3 or more")
     parser.add_argument("--checkpoints", type=Path, help="folder that the synthesized checkpoints stay in")
     return parser.parse_args()
 

@@ -32,6 +32,8 @@ BATCHED = ("sentence-transformers", "OpenVINO")
 """Engines whose best batch size is looked for."""
 SETTLED = 0.25
 """Seconds before each call: Intel's OpenMP lets the threads of the last engine spin for 0.2."""
+BUDGET = 120e3
+"""Milliseconds that a workload's repeats may take, unless there are 3."""
 Row = dict[str, Any]
 Run = Callable[[], tuple[float, numpy.ndarray]]
 
@@ -149,7 +151,7 @@ def long(setup: Setup) -> Iterator[Row]:
     for worker in workers.values():
         worker.peak()
     runs = {name: partial(worker.call, [[texts]]) for name, worker in workers.items()}
-    for row in compared({"workload": "long", "size": f"{setup.length} tokens", "tokens": tokens}, runs, setup, 3):
+    for row in compared({"workload": "long", "size": f"{setup.length} tokens", "tokens": tokens}, runs, setup):
         yield row | {"MiB": workers[row["engine"]].peak()}
 
 
@@ -161,7 +163,7 @@ def growth(setup: Setup) -> Iterator[Row]:
     for size, token_counts in counts + singles:
         texts, tokens = setup.texts(token_counts)
         labels = {"workload": "growth", "size": size, "tokens": tokens}
-        yield from compared(labels, {OURS: partial(worker.call, [[texts]])}, setup, 3)
+        yield from compared(labels, {OURS: partial(worker.call, [[texts]])}, setup)
 
 
 def rerank(setup: Setup) -> Iterator[Row]:
@@ -211,19 +213,21 @@ WORKLOADS: dict[str, Callable[[Setup], Iterator[Row]]] = {
 }
 
 
-def compared(labels: Row, runs: Mapping[str, Run], setup: Setup, repeats: int = sys.maxsize) -> Iterator[Row]:
+def compared(labels: Row, runs: Mapping[str, Run], setup: Setup) -> Iterator[Row]:
     """Rows of those engines that agree with the first, timed, and of those that do not."""
     found: dict[str, Row] = {}
     expected = None
+    total = 0.0
     for name, run in runs.items():
         try:
-            result = run()[1]
+            elapsed, result = run()
+            total += elapsed
             expected = result if expected is None else expected
             found[name] = agreement(result, expected, setup.dtype, name) if len(result) else {}
         except Failed as error:
             found[name] = {"differs": str(error)}
     agreeing = {name: partial(settled, runs[name]) for name, row in found.items() if "differs" not in row}
-    times = harness.alternate(agreeing, min(repeats, setup.repeats))
+    times = harness.alternate(agreeing, min(setup.repeats, max(3, int(BUDGET / total))))
     for row in statistics(labels, times):
         found[row["engine"]] = row | found[row["engine"]]
     for name, row in found.items():

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -50,14 +51,19 @@ def test_quick_bench_of_growth_runs():
 
 # A worker runs in a copy of this process's environment, and opens a stand-in in place of an engine.
 STANDIN = """
-import sys, bench.worker, bench.engines, numpy
+import os, sys, time, bench.worker, bench.engines, numpy
 class Run:
     asked = 0
     def forget(self): self.asked = 0
     def __call__(self, texts, size=1.0):
         print("noise on stdout", flush=True)
         self.asked += 1
-        if texts == ["end"]: sys.exit("the last words")
+        if texts == ["end"]:
+            os.close(int(sys.argv[1]))
+            time.sleep(0.2)
+            print("the last words")
+            sys.stdout.flush()
+            os._exit(3)
         return numpy.full((len(texts), 2), self.asked * size)
 bench.engines.OPENERS = {"embed": lambda directory, **options: {"it": Run, "missing": lambda: __import__("nowhere")}}
 bench.worker.main()
@@ -74,7 +80,7 @@ def python(tmp_path):
     return str(path)
 
 
-def test_worker_calls_an_engine_and_forgets_between_calls(python):
+def test_worker_calls_an_engine_and_forgets_between_calls(python, capfd):
     worker = Worker(python, job="embed", engine="it", directory="x")
     assert worker.versions["python"].startswith("3.")
     for _ in range(2):
@@ -83,6 +89,7 @@ def test_worker_calls_an_engine_and_forgets_between_calls(python):
         assert ms >= 0
     worker.close()
     assert worker.process.returncode == 0
+    assert capfd.readouterr() == ("", "")
 
 
 def test_worker_says_why_an_engine_does_not_open(python):
@@ -115,7 +122,12 @@ def test_engines_import_no_package_until_one_is_opened():
 
 def test_engines_alternate_in_both_orders():
     calls = []
-    times = harness.alternate({name: lambda name=name: calls.append(name) or len(calls) for name in "ab"}, 3)
+
+    def run(name):
+        calls.append(name)
+        return len(calls)
+
+    times = harness.alternate({name: partial(run, name) for name in "ab"}, 3)
     assert calls == [*"ab", *"ba", *"ab"]
     assert times == {"a": [1, 4, 5], "b": [2, 3, 6]}
 
@@ -128,8 +140,8 @@ def test_ratio_is_of_the_same_repeat_and_has_quartiles():
     assert (other["p25"], other["p50"], other["p75"]) == (4, 5, 8)
 
 
-def setup(dtype="float32"):
-    return workloads.Setup(ROOT, ROOT, dtype, "cpu", repeats=2, scale=1, length=8, pythons={})
+def setup(repeats=2):
+    return workloads.Setup(ROOT, ROOT, "float32", "cpu", repeats=repeats, scale=1, length=8, pythons={})
 
 
 def test_engine_that_differs_or_fails_has_no_ratio(monkeypatch):
@@ -172,6 +184,19 @@ def test_scores_agree_within_the_precision(dtype, engine, far):
     assert workloads.agreement(ours - [0, far], ours, dtype, engine)["differs"] == f"dP {far:.4g}"
 
 
+@pytest.mark.parametrize(("ms", "repeats"), [(1e3, 7), (12e3, 5), (90e3, 3)])
+def test_long_calls_are_repeated_three_times(monkeypatch, ms, repeats):
+    monkeypatch.setattr(workloads, "SETTLED", 0)
+    calls = []
+
+    def run(name):
+        calls.append(name)
+        return ms, np.ones((1, 2), np.float32)
+
+    list(workloads.compared({}, {name: partial(run, name) for name in ("qwen3core", "x")}, setup(repeats=7)))
+    assert calls.count("x") == 1 + repeats
+
+
 def test_products_are_not_compared(monkeypatch):
     monkeypatch.setattr(workloads, "SETTLED", 0)
     runs = {"qwen3core": lambda: (1.0, np.ones((1, 2))), engines.PRODUCTS: lambda: (0.5, np.zeros(0))}
@@ -181,7 +206,14 @@ def test_products_are_not_compared(monkeypatch):
 
 def test_environment_is_that_of_the_engine(monkeypatch):
     opened = []
-    monkeypatch.setattr(workloads, "Worker", lambda python, **job: opened.append((python, job)) or Stub())
+
+    class Stub:
+        versions = {"torch": "2"}  # noqa: RUF012
+
+        def __init__(self, python, **job):
+            opened.append((python, job))
+
+    monkeypatch.setattr(workloads, "Worker", Stub)
     asking = setup()
     asking.pythons["vllm"] = "/its/python"
     for engine in ("vLLM", "transformers"):
@@ -189,10 +221,6 @@ def test_environment_is_that_of_the_engine(monkeypatch):
     assert [python for python, _ in opened] == ["/its/python", sys.executable]
     assert opened[0][1] == asking.options("embed") | {"job": "embed", "engine": "vLLM"}
     assert asking.versions == {"vLLM": {"torch": "2"}, "transformers": {"torch": "2"}}
-
-
-class Stub:
-    versions = {"torch": "2"}  # noqa: RUF012
 
 
 def test_tables_are_those_of_the_results():
@@ -219,6 +247,12 @@ def test_table_divides_by_our_time(tmp_path):
         "| corpus, 2 texts, float32 | 2000 tokens/s | 1.50x [1.40, 1.61] | differs: cosine 0.5 |",
         "| least cosine, float32 | | 0.9992 | 0.5 |",
     ]
+
+
+def test_agreement_of_several_workloads_is_the_worst():
+    rows = [{"engine": "x", "dtype": "float32", key: value} for key in ("cosine", "dP") for value in (0.5, 0.1, 0.9)]
+    agreements = report.agreements(rows)
+    assert agreements == {"least cosine, float32": {"x": 0.1}, "largest difference of P(yes), float32": {"x": 0.9}}
 
 
 @pytest.mark.parametrize(("cpu", "seen"), [(["amx_bf16"], ["1.50x [1.40, 1.61] | yes |"]), (["avx512_vnni"], [])])
