@@ -295,7 +295,8 @@ def _vllm_embed(directory: Path, dtype: str, length: int) -> Embed:
 
 
 def _vllm_rerank(directory: Path, dtype: str, length: int) -> Rerank:
-    """The model card's code for vLLM's score."""
+    """The model card's code for vLLM's score. Blocks of 128 tokens, its default, would be longer than what documents
+    share, which is 72 tokens or so."""
     from qwen3core.prompts import DEFAULT_TASK, NO, RERANKER_BODY, RERANKER_PREFIX, RERANKER_SUFFIX, YES
 
     overrides = {
@@ -303,13 +304,12 @@ def _vllm_rerank(directory: Path, dtype: str, length: int) -> Rerank:
         "classifier_from_token": [NO, YES],
         "is_original_qwen3_reranker": True,
     }
-    model = _vllm(directory, dtype, length, hf_overrides=overrides, enable_prefix_caching=True)
-    start, end = (RERANKER_PREFIX + RERANKER_BODY + RERANKER_SUFFIX).split("{document}")
-    start, mark = start[: -len("<Document>: ")], "<Document>: "
+    model = _vllm(directory, dtype, length, hf_overrides=overrides, enable_prefix_caching=True, block_size=32)
+    start, mark, rest = (RERANKER_PREFIX + RERANKER_BODY + RERANKER_SUFFIX).partition("<Document>")
 
     def rerank(query: str, documents: list[str]) -> np.ndarray:
         filled = start.format(instruction=DEFAULT_TASK, query=query)
-        found = model.score(filled, [mark + document + end for document in documents], use_tqdm=False)
+        found = model.score(filled, [mark + rest.format(document=document) for document in documents], use_tqdm=False)
         return np.array([output.outputs.score for output in found], np.float32)
 
     return _forgetful(model, rerank)

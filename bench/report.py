@@ -16,7 +16,6 @@ TARGETS = [
     ("corpus", "sentence-transformers, best batches", 1.6),
     ("corpus", "vLLM", 1.0),
     ("corpus", "OpenVINO, best batches", 1.0),
-    ("corpus", "qwen3core, int8", 1.0),
     ("equal lengths, 8 x 128", "its matrix products alone", 0.85),
     ("rerank", "transformers", 3.0),
     ("rerank", "transformers, last logits", 2.3),
@@ -135,11 +134,13 @@ def heading(folder: Path) -> list[str]:
         said.append(f"load {min(loads):.1f} to {max(loads):.1f}")
     charts = ", ".join(f"[{path.name}](results/{folder.name}/{path.name})" for path in sorted(folder.glob("*.png")))
     lines = [f"### {last['device']}", "", f"{', '.join(said)}. Charts: {charts}."]
-    engines = {name: used for each in found for name, used in each.get("engines", {}).items()}
-    names = {
-        ", ".join(f"{package} {version}" for package, version in used.items()): name for name, used in engines.items()
-    }
-    return [*lines, *(f"{name}: {packages}." for packages, name in names.items())]
+    versions: dict[str, str] = {}
+    for each in found:
+        for engine, used in each.get("engines", {}).items():
+            versions.setdefault(", ".join(f"{package} {version}" for package, version in used.items()), engine)
+    if versions:
+        lines += ["", "Versions: " + "; ".join(f"{engine}: {used}" for used, engine in versions.items()) + "."]
+    return lines
 
 
 def write_tables() -> None:

@@ -72,7 +72,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> Setup:
             synthesize(path, path.name)
     scale, repeats, length = (1 / 8, 2, 256) if args.quick else (args.scale, args.repeats, args.length)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pythons = dict(pair.lower().split("=", 1)[:1] + pair.split("=", 1)[1:] for pair in args.python)
+    pythons = {engine.lower(): path for engine, _, path in (pair.partition("=") for pair in args.python)}
     return Setup(embedding, reranker, args.dtype, device, repeats, scale, length, pythons)
 
 

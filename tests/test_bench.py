@@ -283,7 +283,7 @@ def test_every_device_has_a_section(tmp_path):
     lines = report.tables(tmp_path).splitlines()
     assert [line for line in lines if line.startswith("#")] == ["### CPU", "### GPU"]
     assert sum("load 0.5 to 2.2" in line for line in lines) == 2
-    assert lines.count("vLLM: python 3, torch 2.") == 2
+    assert lines.count("Versions: vLLM: python 3, torch 2.") == 2
 
 
 def test_charts_are_drawn(tmp_path):
