@@ -79,7 +79,7 @@ def ratio_chart(path: Path, device: str, groups: dict[str, list[Row]]) -> None:
     axis.set_yticks(list(ticks), list(ticks.values()))
     axis.set_ylim(top, -1)
     axis.margins(x=0.1)
-    axis.set_xlabel("time or memory, as a multiple of qwen3core's (median and quartiles); orange: faster than it")
+    axis.set_xlabel("time or memory over qwen3core's (median and quartiles); orange: less than it")
     axis.set_title(device, fontsize=10)
     axis.grid(axis="x", alpha=0.3)
     axis.set_axisbelow(True)
