@@ -60,6 +60,9 @@ def embedders(
     }
     if device == "cpu":
         engines["qwen3core, prepacked"] = lambda: _qwen3core_embed(directory, dtype, device, length, ops="prepacked")
+        engines["qwen3core, batch_invariant"] = lambda: _qwen3core_embed(
+            directory, dtype, device, length, ops="batch_invariant"
+        )
         engines["qwen3core, int8"] = lambda: _qwen3core_embed(directory, "int8", device, length)
         engines["vLLM"] = lambda: _vllm_embed(directory, dtype, length)
         engines["OpenVINO"] = lambda: _openvino_embed(directory, dtype, length, cache)

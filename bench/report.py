@@ -9,23 +9,20 @@ from qwen3core.writing import writing
 
 README = Path(__file__).parent / "README.md"
 TARGETS = [
-    ("one query", "transformers", 1.7),
-    ("one query", "vLLM", 1.0),
-    ("one query", "OpenVINO", 1.0),
-    ("corpus", "transformers", 3.5),
-    ("corpus", "sentence-transformers, best batches", 1.6),
-    ("corpus", "vLLM", 1.0),
-    ("corpus", "OpenVINO, best batches", 1.0),
-    ("equal lengths, 8 x 128", "its matrix products alone", 0.85),
-    ("rerank", "transformers", 3.0),
-    ("rerank", "transformers, last logits", 2.3),
-    ("rerank", "vLLM", 1.0),
-    ("long", "transformers", 1.0),
-    ("long", "vLLM", 1.0),
-    ("start-up", "transformers", 2.5),
-    ("memory, queries", "transformers", 1.0),
+    ("one query", "vLLM", 1.2),
+    ("one query", "OpenVINO", 1.3),
+    ("corpus", "vLLM", 1.1),
+    ("corpus", "OpenVINO, best batches", 1.5),
+    ("corpus", "sentence-transformers, best batches", 2.3),
+    ("corpus", "its matrix products alone", 0.9),
+    ("corpus", "qwen3core, int8", 0.625),
+    ("equal lengths, 8 x 128", "vLLM", 1.05),
+    ("equal lengths, 8 x 128", "its matrix products alone", 0.92),
+    ("rerank", "vLLM", 1.6),
+    ("rerank", "transformers, last logits", 2.5),
+    ("long", "vLLM", 1.3),
 ]
-"""Workload, engine, the least multiple of our time or memory that it should take: bfloat16, on a CPU that has it."""
+"""Workload, engine, the least multiple of our time that it should take, of int8 the most; on CPUs with bfloat16."""
 
 
 def timed_rows(folder: Path) -> list[Row]:
@@ -96,7 +93,8 @@ def targets(folder: Path) -> list[str]:
         for label, rows in groups.items():
             for row in rows:
                 if label.startswith(workload) and label.endswith("bfloat16") and row["engine"] == engine:
-                    met = "yes" if row.get("ratio", 0) >= least else "**no**"
+                    missed = row.get("ratio", 0) < least
+                    met = "**no**" if missed != engine.endswith("int8") else "yes"
                     lines.append(f"| {label} | {engine} | {least:.2f}x | {cell(row)} | {met} |")
     return lines
 

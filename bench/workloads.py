@@ -113,7 +113,10 @@ def corpus(setup: Setup) -> Iterator[Row]:
             best = min(times, key=lambda n: times[n])
             print(f"{name}: its best batches are of {best}, {times}", flush=True)
             runs[f"{name}, best batches"] = sizes[best]
+    products = setup.open("products", engines.PRODUCTS)
+    runs[engines.PRODUCTS] = partial(products.call, [[tokens]])
     yield from compared({"workload": "corpus", "size": f"{len(texts)} texts", "tokens": tokens}, runs, setup)
+    products.close()
 
 
 def corpus_texts(setup: Setup) -> tuple[list[str], int]:
@@ -123,7 +126,7 @@ def corpus_texts(setup: Setup) -> tuple[list[str], int]:
 
 
 def lengths(setup: Setup) -> Iterator[Row]:
-    """Batches of texts of equal length, and the time of the model's matrix products alone for the first of them."""
+    """Batches of texts of equal length; for the first, as for the corpus, the model's matrix products alone, too."""
     workers = setup.opened("embed")
     products = setup.open("products", engines.PRODUCTS)
     for count, length in ((8, 128), (4, 512), (1, 2048)):

@@ -91,7 +91,7 @@ class Ops:
     def torch() -> "Ops":
         """Fast with stock PyTorch: what it ships fused, and in place where no gradient is recorded.
 
-        On CPUs with bfloat16, oneDNN lays each bfloat16 weight that is pages of a file out for itself, at its 17th use;
+        On CPUs with bfloat16, oneDNN lays each bfloat16 weight that is pages of a file out for itself, at its 9th use;
         those pages then leave the process's memory.
         """
         own = ("rms_norm", "rope", "attention", "swiglu", "qk_norm_rope")

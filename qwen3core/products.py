@@ -38,7 +38,7 @@ ONEDNN_SIZES = (1, 2, 4, 6, 8, 12, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 1
 PACKED_SIZES = (*ONEDNN_SIZES, *range(192, 1025, 64))
 """The same of weights in oneDNN's own layout; more rows are multiplied in parts of equal size."""
 
-USES = 16
+USES = 8
 """Products with a bfloat16 weight before ``Ops.torch`` lays it out: what that takes is then soon gained."""
 
 PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -72,7 +72,7 @@ class Packed:
 
 @declare(row_wise=True)
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``reference.linear`` through oneDNN where that is faster; a bfloat16 weight is laid out at its 16th use."""
+    """``reference.linear`` through oneDNN where that is faster; a bfloat16 weight is laid out at its 9th use."""
     packed = _packed(x, (weight,), USES)
     return _plain(x, weight) if packed is None else _onednn(x, packed)
 
@@ -131,12 +131,14 @@ def _packed(x: Tensor, weights: tuple[Tensor, ...], uses: int = 0) -> Tensor | N
 
     uses: products before they are laid out; then only bfloat16 pages of a file are, which the copy can replace.
     """
-    if x.dim() != 2 or not _has_layout(x) or torch.is_grad_enabled() or any(w.is_inference() for w in weights):
-        return None
-    if uses and (x.dtype != torch.bfloat16 or any(w.dtype != x.dtype or _in_memory(w) for w in weights)):
+    if x.dim() != 2 or torch.is_grad_enabled():
         return None
     found: Packed | None = PACKED.get(weights[0])
     if found is None or not found.made_of(weights, x.dtype):
+        if not _has_layout(x) or any(w.is_inference() for w in weights):
+            return None
+        if uses and (x.dtype != torch.bfloat16 or any(w.dtype != x.dtype or _in_memory(w) for w in weights)):
+            return None
         found = Packed(tuple(map(ref, weights)), tuple(w._version for w in weights), x.dtype)
         PACKED[weights[0]] = found
     found.uses += 1

@@ -260,7 +260,7 @@ def test_targets_are_for_cpus_with_bfloat16(tmp_path, cpu, seen):
     (tmp_path / "corpus_bfloat16.json").write_text(result(ROWS, cpu=cpu), "utf-8")
     (tmp_path / "corpus_float32.json").write_text(result(ROWS, cpu=cpu), "utf-8")
     lines = report.targets(tmp_path)[3:]
-    assert [line.split("1.00x | ")[1] for line in lines] == seen
+    assert [line.split("1.10x | ")[1] for line in lines] == seen
 
 
 def test_engine_that_differs_misses_its_target(tmp_path, monkeypatch):

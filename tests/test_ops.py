@@ -6,13 +6,13 @@ import pytest
 import torch
 from tolerances import OPS_RATIO
 
-from qwen3core import InputError, Ops, load_model, pack, reference
+from qwen3core import InputError, Ops, load_model, ops_torch, pack, reference
 from qwen3core.batch import build_cu_seqlens
 from qwen3core.ops import resolve
 from qwen3core.ops_torch import LONG_KEYS
 from qwen3core.products import PACKED
 
-SETS = {"reference": Ops.reference(), "torch": Ops.torch(), "prepacked": Ops.prepacked()}
+SETS = {name: resolve(name) for name in ("reference", "torch", "prepacked", "batch_invariant")}
 
 
 def qkv(len_q, len_k, groups=2, dtype=torch.float64):
@@ -23,15 +23,17 @@ def qkv(len_q, len_k, groups=2, dtype=torch.float64):
     return [*leaves, build_cu_seqlens(len_q), build_cu_seqlens(len_k), max(len_q), max(len_k)]
 
 
+@pytest.mark.parametrize("ops", ["torch", "batch_invariant"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize(
     ("len_q", "len_k"), [([1], [1]), ([65, 1, 3], [65, 1, 3]), ([1, 4, 64], [130, 4, 65]), ([9], [LONG_KEYS])]
 )
-def test_attention_is_as_exact_as_the_reference(len_q, len_k, groups, dtype, causal):
+@torch.no_grad()
+def test_attention_is_as_exact_as_the_reference(len_q, len_k, groups, dtype, causal, ops):
     exact = reference.attention(*qkv(len_q, len_k, groups), causal=causal).double()
-    both = (reference.attention, Ops.torch().attention)
+    both = (reference.attention, SETS[ops].attention)
     plain, ours = (attention(*qkv(len_q, len_k, groups, dtype), causal=causal) for attention in both)
     assert ours.dtype == dtype
     assert (ours - exact).abs().max() <= OPS_RATIO * (plain - exact).abs().max()
@@ -54,6 +56,24 @@ def test_rms_norm_is_as_exact_as_the_reference(shape, dtype, gradients):
     assert (ours - exact).norm() <= OPS_RATIO * (plain - exact).norm()
     if not gradients and dtype != torch.float32:
         assert (ours != plain).float().mean() < 0.01  # but where a sum in another order crosses a rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [3, 200])
+@torch.no_grad()
+def test_qk_norm_rope_is_its_parts(rows, dtype):
+    """In bfloat16, rounded where they round; q and k are columns of one product."""
+    q, k, _ = torch.randn(rows, 8 * 64).to(dtype).unflatten(1, (8, 64)).split((4, 2, 2), dim=1)
+    weights = torch.rand(2, 64).to(dtype)
+    cos, sin = torch.randn(2, rows, 64).to(dtype)
+    found = ops_torch.qk_norm_rope(q, k, weights[0], weights[1], 1e-6, cos, sin)
+    for x, y, weight in zip((q, k), found, weights, strict=True):
+        expected = Ops.torch().rope(reference.rms_norm(x, weight, 1e-6), cos, sin)
+        assert y.dtype == dtype
+        if dtype == torch.float32:
+            torch.testing.assert_close(y, expected)
+        else:
+            assert (y != expected).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("ops", SETS)

@@ -52,7 +52,7 @@ def test_several_products_are_each_of_them(rows, dtype):
 @bfloat16_is_laid_out
 @torch.no_grad()
 def test_pages_of_a_file_are_laid_out_when_that_pays(mapped):
-    """bfloat16 ones at their 17th use; what lies in memory, and would be there twice, never."""
+    """bfloat16 ones at their 9th use; what lies in memory, and would be there twice, never."""
     x = torch.randn(3, 64).bfloat16()
     [weight], in_memory = mapped(SHAPES[0]), torch.randn(SHAPES[0]).bfloat16()
     for _ in range(USES):

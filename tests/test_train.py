@@ -236,7 +236,7 @@ REVERSED = [dataclasses.replace(e, query=e.query[::-1]) for e in EXAMPLES]
         ({"options": {"seed": 1}}, "seed 0, here 1"),
         ({"options": {"batch_tokens": 99}}, "batch_tokens 100, here 99"),
         ({"options": {"epochs": 7}}, "epochs 6, here 7"),
-        ({"ops": "reference"}, "linear=qwen3core.ops_torch"),
+        ({"ops": "reference"}, "linear=qwen3core.products"),
         ({"weight": 1}, "model '"),
         ({"frozen": 1}, "trained '"),
         ({"task": reranking_task}, "task 'embedding', here 'reranking'"),
