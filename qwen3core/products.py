@@ -113,12 +113,9 @@ def invariant_linears(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
 
 def _plain(x: Tensor, weight: Tensor) -> Tensor:
     """The product with a weight as it is stored."""
-    fast = x.device.type == "cpu" and not torch.is_grad_enabled() and x.dim() == 2 and mkldnn.is_available()
-    rows = len(x)
-    if fast and x.dtype == torch.float32 and rows <= ONEDNN_ROWS and (rows <= ONEDNN_SIZES[-1] or _as_it_is(rows)):
+    fast = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled() and mkldnn.is_available()
+    if fast and x.dim() == 2 and len(x) <= ONEDNN_ROWS and (len(x) <= ONEDNN_SIZES[-1] or _as_it_is(len(x))):
         return _onednn(x, weight.to(x.dtype))
-    if fast and x.dtype == weight.dtype == torch.bfloat16 and _has_layout(x):
-        return _onednn(x, weight)
     return reference.linear(x, weight)
 
 
