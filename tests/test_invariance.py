@@ -94,3 +94,31 @@ def test_attention_in_blocks_is_the_same_whoever_queries(dtype):
             cu_q, cu_k = build_cu_seqlens([length - first]), build_cu_seqlens([length])
             part = ops_torch.blocked_attention(q[start + first : end], k[start:end], v[start:end], cu_q, cu_k, 200, 200)
             assert torch.equal(part, whole[start + first : end])
+
+
+@torch.no_grad()
+def test_kernels():
+    """Each sequence has its own programs and its own order of tiles."""
+    pytest.importorskip("triton")
+    from qwen3core.kernels import attention, launch, pooling, qk_norm_rope, rms_norm
+
+    device = "cpu" if launch.INTERPRETED else "cuda"
+    if not launch.INTERPRETED and not torch.cuda.is_available():
+        pytest.skip("no GPU, and Triton was imported without TRITON_INTERPRET=1")
+    lengths = [5, 64, 130]
+    q, k, v = (torch.randn(sum(lengths), heads, 64, device=device) for heads in (4, 2, 2))
+    x, weight = torch.randn(sum(lengths), 96, device=device), torch.rand(96, device=device)
+    cos, sin = torch.randn(2, sum(lengths), 64, device=device)
+
+    def computed(rows, lengths):
+        cu_seqlens = build_cu_seqlens(lengths).to(device)
+        heads = qk_norm_rope.qk_norm_rope(q[rows], k[rows], weight[:64], weight[32:], 1e-6, cos[rows], sin[rows])
+        z = attention.attention(*heads, v[rows], cu_seqlens, cu_seqlens, max(lengths), max(lengths))
+        pooled = pooling.norm_pool(x[rows], weight, 1e-6, cu_seqlens, 96, True)
+        return z, rms_norm.rms_norm(x[rows], weight, 1e-6), pooled
+
+    z, normed, pooled = computed(slice(None), lengths)
+    for n, (start, end) in enumerate(pairwise(build_cu_seqlens(lengths).tolist())):
+        alone = computed(slice(start, end), [end - start])
+        for one, whole in zip(alone, (z[start:end], normed[start:end], pooled[n : n + 1]), strict=True):
+            assert torch.equal(one, whole)

@@ -1,6 +1,10 @@
 """Products with weights that oneDNN lays out: right, made when they pay, of what the weights are, in place of them."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -141,3 +145,31 @@ def test_a_replaced_product_is_used_everywhere(embedding_dir):
     embedder.model.ops = ops
     embedder.encode("gravity")
     assert len(calls) == 7 * embedder.model.config.num_hidden_layers
+
+
+KILLED = """
+import sys
+from qwen3core import Embedder
+print("open", flush=True)
+while True:
+    Embedder.from_pretrained(sys.argv[1], device="cpu", ops="prepacked").encode("gravity")
+"""
+
+
+@pytest.mark.parametrize("delay", [0, 0.03, 0.1])
+def test_kill_9_leaves_the_checkpoint_as_it_was(embedding_dir, tmp_path, delay):
+    """Weights are laid out in memory alone: there is no file that could be half written."""
+    before = {path: path.read_bytes() for path in embedding_dir.rglob("*") if path.is_file()}
+    expected = Embedder.from_pretrained(embedding_dir, device="cpu", ops="prepacked").encode("gravity")
+    environment = os.environ | {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", KILLED, str(embedding_dir)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "open\n"
+        time.sleep(delay)
+        process.kill()
+    assert process.returncode == -9
+    assert {path: path.read_bytes() for path in embedding_dir.rglob("*") if path.is_file()} == before
+    assert not list(tmp_path.iterdir())
+    found = Embedder.from_pretrained(embedding_dir, device="cpu", ops="prepacked").encode("gravity")
+    np.testing.assert_array_equal(found, expected)
