@@ -8,7 +8,7 @@ names.
 import ctypes
 import mmap
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import ref
@@ -140,10 +140,12 @@ def _packed(x: Tensor, weights: tuple[Tensor, ...], uses: int = 0) -> Tensor | N
         PACKED[weights[0]] = found
     found.uses += 1
     if found.packed is None and found.uses > uses:
+        if uses and not all(map(_file_pages, weights)):
+            found.uses = 0
+            return None
         whole = weights[0].detach() if len(weights) == 1 else torch.cat([w.detach() for w in weights])
         found.packed = torch.ops.mkldnn._reorder_linear_weight(whole.to(x.dtype))
-        for weight in weights:
-            give_back(weight)
+        give_back(weights)
     return found.packed
 
 
@@ -152,25 +154,31 @@ def _in_memory(weight: Tensor) -> bool:
     return weight.untyped_storage().resizable()
 
 
-def give_back(weight: Tensor) -> None:
-    """Take the pages of a file that hold a weight out of this process's memory; they are read again where needed.
+def give_back(weights: Iterable[Tensor]) -> None:
+    """Take the pages of a file that hold weights out of this process's memory; they are read again where needed."""
+    for pages in filter(None, map(_file_pages, weights)):
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(pages.start), ctypes.c_size_t(len(pages)), DONTNEED)
 
-    Nothing happens to a weight of which a page is this process's own, since it was written to, or where the system does
-    not say so.
+
+def _file_pages(weight: Tensor) -> range | None:
+    """Addresses of the pages of a file that hold a weight, those whole that hold nothing else.
+
+    None where the weight is no pages of a file, where a page is this process's own, since it was written to, and where
+    the system does not say so.
     """
     size = mmap.PAGESIZE
     first, end = -(-weight.data_ptr() // size), (weight.data_ptr() + weight.nbytes) // size
     if _in_memory(weight) or end <= first:
-        return
+        return None
     try:
         with Path("/proc/self/pagemap").open("rb", buffering=0) as file:
             file.seek(8 * first)
             flags = np.frombuffer(file.read(8 * (end - first)), "<u8")
     except OSError:
-        return
-    there, of_a_file = (flags >> 62) != 0, (flags >> 61) & 1 == 1  # in memory or swapped out; of a file, not its own
-    if len(flags) == end - first and bool((of_a_file | ~there).all()):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first * size), ctypes.c_size_t((end - first) * size), DONTNEED)
+        return None
+    there, of_a_file = (flags >> 62) != 0, (flags >> 61) & 1 == 1  # in memory or swapped out; not written to
+    whole = len(flags) == end - first and bool((of_a_file | ~there).all())
+    return range(first * size, end * size) if whole else None
 
 
 def _onednn(x: Tensor, weight: Tensor, sizes: Sequence[int] | None = None) -> Tensor:

@@ -110,7 +110,10 @@ def test_a_laid_out_weight_takes_the_place_of_the_files_pages(mapped):
     assert torch.equal(weight, expected)
     assert torch.equal(changed, own)
     assert other[300, 7] == 5
-    products.give_back(torch.randn(512, 1024))  # no pages of a file
+    del PACKED[other]
+    for _ in range(2 * USES + 2):
+        linear(x, other)  # which would be there twice
+    assert PACKED[other].packed is None
 
 
 def test_a_projection_that_is_looked_at_is_called(embedding_dir):
