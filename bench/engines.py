@@ -59,7 +59,10 @@ def embedders(
         "sentence-transformers": lambda: _sentence_transformers_embed(directory, dtype, device, length),
     }
     if device == "cpu":
-        engines["qwen3core, prepacked"] = lambda: _qwen3core_embed(directory, dtype, device, length, ops="prepacked")
+        if dtype == "float32":  # bfloat16 weights are laid out without being asked
+            engines["qwen3core, prepacked"] = lambda: _qwen3core_embed(
+                directory, dtype, device, length, ops="prepacked"
+            )
         engines["qwen3core, batch_invariant"] = lambda: _qwen3core_embed(
             directory, dtype, device, length, ops="batch_invariant"
         )

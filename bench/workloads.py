@@ -28,6 +28,8 @@ AGREE = {"float32": (1e-4, 1e-3), "bfloat16": (2e-3, 6e-2), "int8": (1e-2, 1e-1)
 2e-4. Bfloat16: on random weights transformers' own error is 3e-2 of a vector's length and of P(yes), so two engines
 differ by up to 6e-2, which is 2e-3 of cosine. Int8, ours and llama.cpp's: twice what 8 bits gave. A wrong pooling, mask
 or template is beyond all of them."""
+WARM_UP = 10
+"""Calls before any is timed: what an engine does at its first ones is seen in ``startup``."""
 BATCHED = ("sentence-transformers", "OpenVINO")
 """Engines whose best batch size is looked for."""
 SETTLED = 0.25
@@ -90,6 +92,7 @@ class Setup:
             for name in engines.OPENERS[job](**self.options(job)):
                 try:
                     self.workers[name] = self.open(job, name)
+                    self.workers[name].call([[QUERY, ["gravity"]] if job == "rerank" else [["gravity"]]] * WARM_UP)
                 except Failed as error:
                     print(f"{name}: {error}", flush=True)
         return self.workers
