@@ -8,7 +8,7 @@ names.
 import ctypes
 import mmap
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import ref
@@ -182,17 +182,22 @@ def _file_pages(weight: Tensor) -> range | None:
 
 
 def _onednn(x: Tensor, weight: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
-    """oneDNN's product of rows x [T, in] and a weight, packed or not: [T, out]. No row depends on what is filled in.
+    """oneDNN's product of rows x [T, in] and a weight, packed or not: [T, out]; sizes: of ``in_sizes``."""
+    return in_sizes(lambda rows: torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], ""), x, sizes)
+
+
+def in_sizes(product: Callable[[Tensor], Tensor], x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+    """``product(x)`` of rows x [T, in], in few numbers of rows. No row depends on what is filled in.
 
     sizes: the numbers of rows that it may multiply; None: ``PACKED_SIZES``, and the first that it meets.
     """
     if len(x) in sizes if sizes else _as_it_is(len(x)):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        return product(x)
     size = _size(len(x), sizes or PACKED_SIZES)
     *parts, last = x.split(size)
     if len(last) < size:
         last = torch.cat((last, last.new_zeros(size - len(last), x.shape[1])))
-    products = [torch.ops.mkldnn._linear_pointwise(part, weight, None, "none", [], "") for part in (*parts, last)]
+    products = [product(part) for part in (*parts, last)]
     return (products[0] if len(products) == 1 else torch.cat(products))[: len(x)]
 
 
