@@ -291,8 +291,7 @@ def by_head(of: Any, layer: int, z: Tensor) -> Tensor:
 
     of: an Embedder, a Reranker, or a model. A single row of z, [Hq, D], gives [Hq, H].
     """
-    o_proj = _model(of).layers[layer].self_attn.o_proj
-    weight = o_proj.weight if o_proj.scale is None else o_proj.weight * o_proj.scale[:, None]
+    weight = _model(of).layers[layer].self_attn.o_proj.dense()
     return torch.einsum("...hd,ohd->...ho", z, weight.to(z.dtype).unflatten(1, z.shape[-2:]))
 
 

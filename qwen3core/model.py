@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import reference
+from . import int8, reference
 from .batch import KeysValues, PackedBatch, VarlenLayout
 from .config import Qwen3Config, Yarn
 from .errors import InputError
@@ -378,6 +378,10 @@ class RMSNorm(nn.Module):
 class Linear(nn.Linear):
     scale: Tensor | None
     """[out] float32, once the weight is int8."""
+    packed: int8.Packed | None = None
+    """Where this CPU has int8: the weights, of all that are ``quantize``d together; ``weight`` is then on meta."""
+    rows = slice(None)
+    """This weight's among them."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -385,12 +389,28 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, op: Callable[[Tensor, Tensor], Tensor] = reference.linear) -> Tensor:
         # op is an argument, not an attribute: replacing model.ops reaches every layer, and a module holds only weights.
-        return op(x, self.weight) if self.scale is None else reference.int8_linear(x, self.weight, self.scale)
+        if self.scale is None:
+            return op(x, self.weight)
+        if self.packed is None:
+            return reference.int8_linear(x, self.weight, self.scale)
+        return self.packed.linear(x)[:, self.rows]
 
-    def quantize(self) -> None:
-        """Round each row of the weight to 255 steps: a quarter of float32's memory, and the end of its training."""
-        weight, self.scale = reference.int8_rows(self.weight.detach())
-        self.weight = nn.Parameter(weight, requires_grad=False)
+    def dense(self) -> Tensor:
+        """The weight [out, in] in floating point, however it is stored."""
+        if self.scale is None:
+            return self.weight
+        return (self.weight if self.packed is None else self.packed.weight()[self.rows]) * self.scale[:, None]
+
+
+def quantize(*linears: Linear) -> None:
+    """Round each row of weights that multiply the same x to 255 steps: half of bfloat16's memory, and no training."""
+    pairs = [reference.int8_rows(linear.weight.detach().float()) for linear in linears]
+    whole, scales = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+    packed, start = int8.Packed(whole, scales) if int8.has_int8() else None, 0
+    for linear, (weight, scale) in zip(linears, pairs, strict=True):
+        linear.scale, linear.packed, linear.rows = scale, packed, slice(start, start + len(weight))
+        linear.weight = nn.Parameter(weight if packed is None else weight.to("meta"), requires_grad=False)
+        start += len(weight)
 
 
 class DenseLayer(nn.Module):
@@ -418,8 +438,12 @@ def _run(module: nn.Module, own: type, x: Tensor, *args: Any) -> Tensor:
 
 def _project(x: Tensor, ops: Ops, *projections: nn.Module) -> tuple[Tensor, ...]:
     """x through each of the projections; as one operation where ops fuse them, and nobody looks at one of them."""
-    if ops.linears and all(type(p) is Linear and p.scale is None and not _hooked(p) for p in projections):
-        return ops.linears(x, *(p.weight for p in projections))
+    own = [p for p in projections if type(p) is Linear and not _hooked(p)]
+    if ops.linears and len(own) == len(projections):
+        if all(p.scale is None for p in own):
+            return ops.linears(x, *(p.weight for p in own))
+        if own[0].packed and all(p.packed is own[0].packed for p in own):
+            return own[0].packed.linear(x).split([len(p.weight) for p in own], dim=1)
     return tuple(projection(x, ops.linear) for projection in projections)
 
 

@@ -81,16 +81,16 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric quantisation of each row: x [N, K] to int8 [N, K] and scale [N] float32, x = about int8 * scale."""
-    x = x.float()
-    scale = x.abs().amax(-1).clamp(min=1e-30) / 127
-    return (x / scale[:, None]).round_().to(torch.int8), scale
+    """Symmetric quantisation of each row: x [N, K] to int8 [N, K] and scale [N] of x's dtype: x = int8 * scale."""
+    scale = (x.abs().amax(-1).float() / 127).clamp(min=1e-30).to(x.dtype)
+    return (x.float() / scale.float()[:, None]).round().to(torch.int8), scale
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """``linear`` with a weight out of ``int8_rows``; x [T, in] is quantised likewise, sums are int32; float32."""
+    """``linear`` with a weight out of ``int8_rows`` and its scale in float32; x [T, in] is quantised likewise."""
     rows, row_scale = int8_rows(x)
-    return torch._int_mm(rows, weight.T).float().mul_(row_scale[:, None]).mul_(scale)
+    # Not torch._int_mm, whose sums overflow on x86 without VNNI.
+    return (F.linear(rows.float(), weight.float()) * scale * row_scale[:, None]).to(x.dtype)
 
 
 @declare(row_wise=True)

@@ -1,13 +1,17 @@
 """Stored and compute dtypes on a CPU, int8, and streams."""
 
+import copy
+import dataclasses
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tolerances import INT8_ERROR, SAME_TEXT_FP32
 
-from qwen3core import Embedder, InputError, Reranker, capture, load_model, reference, stream
+from qwen3core import Embedder, InputError, Reranker, capture, int8, load_model, model, reference, stream
+from qwen3core.hooks import by_head
 from qwen3core.weights import precision
 
 TEXTS = ["", "a", "Gravity is a force.", "北京", "Brot und Wasser. " * 30, "x = 1\n" * 12]
@@ -56,10 +60,63 @@ def test_int8_linear_rounds_to_255_steps(rows):
     assert 1e-4 < errors.max() < 0.02
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize("rows", [1, 14, 300, 1200])
+def test_int8_through_onednn_is_the_references(rows, dtype, tolerance):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 512, generator=generator).to(dtype)
+    x[-1] *= 1e4
+    x[0, 5] = -100  # the largest number of a row is negative
+    x[1:2] = 0
+    for expected, found in zip(reference.int8_rows(x), int8.int8_rows(x), strict=True):
+        assert torch.equal(expected, found)
+    if not int8.has_int8():
+        pytest.skip("a CPU without int8")
+    weight, scale = reference.int8_rows(torch.randn(96, 512, generator=generator))
+    packed = int8.Packed(weight, scale)
+    assert torch.equal(packed.weight(), weight)
+    torch.testing.assert_close(packed.linear(x), reference.int8_linear(x, weight, scale), rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("has_int8", [True, False])
+def test_int8_sums_do_not_overflow(has_int8, monkeypatch):
+    """Rows and weights all at 127, of which oneDNN adds two in 16 bits where the CPU has no instructions for more."""
+    if has_int8 and not int8.has_int8():
+        pytest.skip("a CPU without int8")
+    monkeypatch.setattr(int8, "has_int8", lambda: has_int8)
+    linear = model.Linear(64, 16)
+    torch.nn.init.ones_(linear.weight)
+    model.quantize(linear)
+    assert (linear.packed is not None) == has_int8
+    torch.testing.assert_close(linear(torch.ones(20, 64)), torch.full((20, 16), 64.0))
+    torch.testing.assert_close(linear.dense(), torch.ones(16, 64))
+
+
+@pytest.mark.parametrize("has_int8", [True, False])
+def test_int8_projections_together_are_those_alone(embedding_dir, has_int8, monkeypatch):
+    """A hook on a projection, or ops without ``linears``, asks for it alone; copies share what projections share."""
+    if has_int8 and not int8.has_int8():
+        pytest.skip("a CPU without int8")
+    monkeypatch.setattr(int8, "has_int8", lambda: has_int8)
+    embedder = Embedder.from_pretrained(embedding_dir, dtype="int8", device="cpu")
+    together = embedder.encode(TEXTS)
+    embedder.model.ops = dataclasses.replace(embedder.model.ops, linears=None)
+    assert np.array_equal(embedder.encode(TEXTS), together)
+    attention: Any = copy.deepcopy(embedder).model.layers[0].self_attn
+    assert attention.q_proj.packed is attention.v_proj.packed is not attention.o_proj.packed or not has_int8
+    z = torch.randn(3, 4, 128)
+    stored: Any = load_model(embedding_dir, dtype="float32", device="cpu").layers[0].self_attn
+    k_proj = attention.k_proj
+    assert ((k_proj.dense() - stored.k_proj.weight).abs() <= k_proj.scale[:, None] * 0.501).all()
+    exact = attention.o_proj.dense() @ z.flatten(1).T
+    torch.testing.assert_close(by_head(embedder, 0, z).sum(1), exact.T)
+
+
 def test_int8_embeds_and_reranks(embedding_dir, reranker_dir):
     embedder = Embedder.from_pretrained(embedding_dir, dtype="int8", device="cpu")
     reranker = Reranker.from_pretrained(reranker_dir, dtype="int8", device="cpu")
-    assert (embedder.dtype, weight(embedder).dtype) == (torch.float32, torch.int8)
+    computed = torch.bfloat16 if precision.cpu_has_bfloat16() else torch.float32
+    assert (embedder.dtype, weight(embedder).dtype) == (computed, torch.int8)
     vectors = Embedder.from_pretrained(embedding_dir, dtype="float32", device="cpu").encode(TEXTS)
     assert 1e-4 < np.linalg.norm(embedder.encode(TEXTS) - vectors, axis=1).max() < INT8_ERROR
     pairs = [("what?", text) for text in TEXTS]
@@ -67,7 +124,7 @@ def test_int8_embeds_and_reranks(embedding_dir, reranker_dir):
     assert 1e-5 < np.abs(reranker.predict(pairs) - scores).max() < INT8_ERROR
     with capture(embedder.model, "layers.0.resid_post") as acts:
         embedder.encode(TEXTS)
-    assert acts["layers.0.resid_post"].dtype == torch.float32
+    assert acts["layers.0.resid_post"].dtype == embedder.dtype
 
 
 def test_int8_is_for_cpus(embedding_dir):

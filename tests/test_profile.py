@@ -165,7 +165,7 @@ def test_bytes_are_those_stored(embedding_dir, dtype):
     found = by_name(profile(embedder, TEXTS, repeats=1))
     assert set(found) == (OPERATIONS if dtype == "bfloat16" else APART) | {"residual add"}
     c, T = embedder.model.config, sum(map(len, embedder.to_sequences(TEXTS)))
-    width, size = c.num_attention_heads * c.head_dim, {"bfloat16": 2, "int8": 4}[dtype]
+    width, size = c.num_attention_heads * c.head_dim, embedder.dtype.itemsize
     weight = c.hidden_size * width * 2 if dtype == "bfloat16" else c.hidden_size * width + 4 * width
     assert found["o_proj"].calls == found["q_proj" if dtype == "int8" else QKV].calls == c.num_hidden_layers
     embedder.model.ops = dataclasses.replace(embedder.model.ops, linears=None)

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from qwen3core.errors import InputError, warn
-from qwen3core.model import Linear, Qwen3Model
+from qwen3core.model import MLP, Attention, Qwen3Model
+from qwen3core.model import quantize as quantize_together
+from qwen3core.products import give_back
 
 from .tensors import SAFETENSORS_DTYPES, Tensors
 
@@ -41,13 +43,14 @@ def choose(
     """The dtype to convert weights to, None for as stored; and the compute dtype, None for that of the weights.
 
     dtype: as in ``load_model``. A CPU multiplies neither float16 nor, without instructions for it, bfloat16 at a
-    useful speed: weights stored so are computed with in float32, or float16 is replaced by bfloat16.
+    useful speed: weights stored so are computed with in float32, or float16 is replaced by bfloat16. int8 is computed
+    with in the dtype of the two that the CPU multiplies.
     """
     int8 = dtype == "int8"
     target = as_dtype("auto" if int8 else dtype, model, tensors)
     if device.type == "cpu" and target in (torch.bfloat16, torch.float16):
         if int8 or (dtype == "auto" and not cpu_has_bfloat16()):
-            return None, torch.float32
+            return None, torch.bfloat16 if cpu_has_bfloat16() else torch.float32
         if target == torch.float16:
             warn("dtype float16 on a CPU: bfloat16 is used, since CPUs multiply float16 ten times as slowly")
             return torch.bfloat16, None
@@ -61,9 +64,17 @@ def cpu_has_bfloat16() -> bool:
 
 
 def quantize(model: nn.Module) -> None:
-    """Make the weights of every Linear int8. Raises InputError on a GPU."""
+    """Make the weights of every Linear int8, of those that share their input together. Raises InputError on a GPU."""
     for module in model.modules():
-        if isinstance(module, Linear):
-            if module.weight.device.type != "cpu":
-                raise InputError(f"dtype int8: expected device cpu, found {module.weight.device}")
-            module.quantize()
+        if isinstance(module, Attention):
+            together = [(module.q_proj, module.k_proj, module.v_proj), (module.o_proj,)]
+        elif isinstance(module, MLP):
+            together = [(module.gate_proj, module.up_proj), (module.down_proj,)]
+        else:
+            continue
+        for linears in together:
+            if (found := linears[0].weight.device).type != "cpu":
+                raise InputError(f"dtype int8: expected device cpu, found {found}")
+            stored = [linear.weight for linear in linears]
+            quantize_together(*linears)
+            give_back(stored)
