@@ -461,7 +461,8 @@ def in_blocks(function: Callable[..., tuple[Tensor, ...]], size: int, *tensors: 
     rows = len(tensors[0])
     if rows <= size:
         return function(*tensors)
-    size = -(-rows // -(-rows // size))  # equal parts: a small last one would read the weights again
+    # Equal parts, since a small last one would read the weights again, of numbers of rows that oneDNN multiplies.
+    size = min(size, -(-rows // -(-rows // size) // 64) * 64)
     parts = [function(*part) for part in zip(*(x.split(size) for x in tensors), strict=True)]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
