@@ -59,7 +59,7 @@ def embedders(
         "sentence-transformers": lambda: _sentence_transformers_embed(directory, dtype, device, length),
     }
     if device == "cpu":
-        if dtype == "float32":  # bfloat16 weights are laid out without being asked
+        if dtype == "float32":  # bfloat16 weights are packed without being asked
             engines["qwen3core, prepacked"] = lambda: _qwen3core_embed(
                 directory, dtype, device, length, ops="prepacked"
             )

@@ -72,14 +72,14 @@ class Packed:
 
 @declare(row_wise=True)
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``reference.linear`` through oneDNN where that is faster; a bfloat16 weight is laid out at its 9th use."""
+    """``reference.linear`` through oneDNN where that is faster; a bfloat16 weight is packed at its 9th use."""
     packed = _packed(x, (weight,), USES)
     return _plain(x, weight) if packed is None else _onednn(x, packed)
 
 
 @declare(row_wise=True, parts={"linear": linear})
 def linears(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-    """``linear`` with each weight; as one product once they are laid out, so that each result is a view of it."""
+    """``linear`` with each weight; as one product once they are packed, so that each result is a view of it."""
     packed = _packed(x, weights, USES)
     return tuple(_plain(x, w) for w in weights) if packed is None else _split(_onednn(x, packed), weights)
 
@@ -126,7 +126,7 @@ def _split(product: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def _packed(x: Tensor, weights: tuple[Tensor, ...], uses: int = 0) -> Tensor | None:
     """The weights in oneDNN's layout, for products with rows x [T, in]; None where it has none, or not yet.
 
-    uses: products before they are laid out; then only bfloat16 pages of a file are, which the copy can replace.
+    uses: products before they are packed; then only bfloat16 pages of a file are, which the copy can replace.
     """
     if x.dim() != 2 or torch.is_grad_enabled():
         return None

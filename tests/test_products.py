@@ -41,7 +41,7 @@ def mapped(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_several_products_are_each_of_them(rows, dtype):
-    """Laid out side by side or one after the other, with the bits of a product alone."""
+    """Packed side by side or one after the other, with the bits of a product alone."""
     x, weights = torch.randn(rows, 64).to(dtype), [torch.randn(shape).to(dtype) for shape in SHAPES]
     expected = [x.double() @ weight.double().T for weight in weights]
     for several, one in ((linears, linear), (prepacked_linears, prepacked_linear)):
@@ -161,7 +161,7 @@ while True:
 
 @pytest.mark.parametrize("delay", [0, 0.03, 0.1])
 def test_kill_9_leaves_the_checkpoint_as_it_was(embedding_dir, tmp_path, delay):
-    """Weights are laid out in memory alone: there is no file that could be half written."""
+    """Weights are packed in memory alone: there is no file that could be half written."""
     before = {path: path.read_bytes() for path in embedding_dir.rglob("*") if path.is_file()}
     expected = Embedder.from_pretrained(embedding_dir, device="cpu", ops="prepacked").encode("gravity")
     environment = os.environ | {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
