@@ -225,7 +225,7 @@ class Pretrained:
         Raises InputError for texts or options, and where a result is not finite, naming the text and the point.
         """
         use_threads()
-        self._check_call(texts, batch_tokens, options)
+        self._check_call(texts, batch_tokens, grad, options)
         alone = len(texts) < 2 and not self.prefix_cache.max_tokens  # nothing to share with
         share = not grad and not alone and self.model.shortcuts
         first_equal = _first_equal(texts) if share else list(range(len(texts)))
@@ -254,11 +254,15 @@ class Pretrained:
             self._raise_not_finite(texts, out, **options)
         return out
 
-    def _check_call(self, texts: Sequence[str], batch_tokens: int | None, options: Mapping[str, Any]) -> None:
+    def _check_call(
+        self, texts: Sequence[str], batch_tokens: int | None, grad: bool, options: Mapping[str, Any]
+    ) -> None:
         """Raise InputError for texts, an option, or weights behind the layers: a sigmoid would make 0 or 1 of inf."""
         if batch_tokens is not None:
             check_int("batch_tokens", batch_tokens, 1)
         check_texts(texts)
+        if grad and not all(weight.is_floating_point() for weight in self.model.parameters()):
+            raise InputError("grad: expected weights with gradients, found int8")
         for name, x in {**dict(self.model.norm.named_parameters("model.norm")), **options}.items():
             if isinstance(x, Tensor) and not is_finite(x):
                 raise InputError(f"{name}: expected finite numbers, found inf or nan")

@@ -136,3 +136,11 @@ def test_forward_mode_through_sdpa_says_what_does_it(opened):
     with pytest.raises(InputError, match="ops 'torch': attention: expected ops='reference' for forward-mode AD"):
         torch.func.jvp(vector, (x,), (x,))
     assert embedder.model.hooks == []
+
+
+def test_rounded_weights_have_no_gradients():
+    """What would come out is the gradient of the rest of the model."""
+    for opened, call in ((Embedder, "encode"), (Reranker, "predict")):
+        model = opened.from_pretrained(f"tiny-{opened.jobs[0]}", dtype="int8", device="cpu")
+        with pytest.raises(InputError, match="grad: expected weights with gradients, found int8"):
+            getattr(model, call)(["gravity", "rain"], grad=True)
