@@ -37,7 +37,7 @@ def test_vectors(dtype, threads):
     plain = opened(Embedder, "tiny-embedding", dtype)
     cached = opened(Embedder, "tiny-embedding", dtype, prefix_cache_tokens=200)
 
-    @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
     @given(several, several, st.sampled_from(PROMPTS), st.randoms(use_true_random=False), st.integers(500, 3000))
     def check(texts, others, prompt, chance, batch_tokens):
         alone = {t: plain.encode(t, prompt=prompt) for t in texts}
@@ -57,7 +57,7 @@ def test_scores(dtype, threads):
     plain = opened(Reranker, "tiny-reranker", dtype)
     cached = opened(Reranker, "tiny-reranker", dtype, prefix_cache_tokens=500)
 
-    @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
     @given(several, text, st.randoms(use_true_random=False))
     def check(documents, query, chance):
         pairs = [*((query, d) for d in documents), ("another", documents[0])]
