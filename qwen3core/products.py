@@ -73,28 +73,24 @@ class Packed:
 @declare(row_wise=True)
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``reference.linear`` through oneDNN where that is faster; a bfloat16 weight is packed at its 9th use."""
-    packed = _packed(x, (weight,), USES)
-    return _plain(x, weight) if packed is None else _onednn(x, packed)
+    return _several(x, (weight,), USES)[0]
 
 
 @declare(row_wise=True, parts={"linear": linear})
 def linears(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """``linear`` with each weight; as one product once they are packed, so that each result is a view of it."""
-    packed = _packed(x, weights, USES)
-    return tuple(_plain(x, w) for w in weights) if packed is None else _split(_onednn(x, packed), weights)
+    return _several(x, weights, USES)
 
 
 @declare(row_wise=True)
 def prepacked_linear(x: Tensor, weight: Tensor) -> Tensor:
     """``linear`` on a copy of the weight in oneDNN's own layout, made at its first use and when it has changed."""
-    packed = _packed(x, (weight,))
-    return _plain(x, weight) if packed is None else _onednn(x, packed)
+    return _several(x, (weight,))[0]
 
 
 @declare(row_wise=True, parts={"linear": prepacked_linear})
 def prepacked_linears(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-    packed = _packed(x, weights)
-    return tuple(_plain(x, w) for w in weights) if packed is None else _split(_onednn(x, packed), weights)
+    return _several(x, weights)
 
 
 @declare(row_wise=True)
@@ -109,6 +105,12 @@ def invariant_linears(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     if packed is None:
         return tuple(reference.linear(x, w) for w in weights)
     return _split(_onednn(x, packed, _same_bits(x, packed)), weights)
+
+
+def _several(x: Tensor, weights: tuple[Tensor, ...], uses: int = 0) -> tuple[Tensor, ...]:
+    """One product with the weights side by side where they are packed (``_packed``), else one with each."""
+    packed = _packed(x, weights, uses)
+    return tuple(_plain(x, w) for w in weights) if packed is None else _split(_onednn(x, packed), weights)
 
 
 def _plain(x: Tensor, weight: Tensor) -> Tensor:
