@@ -56,6 +56,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--python", action="append", default=[], metavar="ENGINE=PATH", help="of its own environment")
+    parser.add_argument("--engine", nargs="+", default=[], help="beside qwen3core (default: all that are installed)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full workload's texts")
     parser.add_argument("--length", type=int, default=8192, help="tokens of the long text (default: 8192)")
     parser.add_argument("--repeats", type=int, default=7, help="of short calls; long ones have 3 or more")
@@ -73,7 +74,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> Setup:
     scale, repeats, length = (1 / 8, 2, 256) if args.quick else (args.scale, args.repeats, args.length)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pythons = {engine.lower(): path for engine, _, path in (pair.partition("=") for pair in args.python)}
-    return Setup(embedding, reranker, args.dtype, device, repeats, scale, length, pythons)
+    return Setup(embedding, reranker, args.dtype, device, repeats, scale, length, pythons, args.engine)
 
 
 def line(row: Row) -> str:

@@ -55,6 +55,8 @@ class Setup:
     """Tokens of the long text."""
     pythons: dict[str, str]
     """The interpreter of an environment, by how the names of its engines begin, in lower case."""
+    engines: list[str] = field(default_factory=list)
+    """Those to compare with; all if empty."""
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
     """Of the packages of every engine that was opened."""
     job: str = ""
@@ -90,6 +92,8 @@ class Setup:
             self.close()
             self.job = job
             for name in engines.OPENERS[job](**self.options(job)):
+                if self.engines and name not in [OURS, *self.engines]:
+                    continue
                 try:
                     self.workers[name] = self.open(job, name)
                     self.workers[name].call([[QUERY, ["gravity"]] if job == "rerank" else [["gravity"]]] * WARM_UP)
