@@ -10,53 +10,23 @@ bfloat16, while Triton is told that the target is there; each launch stops after
 import argparse
 import json
 import os
-import re
-import subprocess
-import tempfile
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from qwen3core.batch import build_cu_seqlens
 from qwen3core.config import OFFICIAL_SIZES
-from qwen3core.kernels import attention, launch, pooling, qk_norm_rope, rms_norm, swiglu
+from qwen3core.kernels import attention, pooling, qk_norm_rope, rms_norm, swiglu
+from qwen3core.laboratory.compiling import SHARED_MEMORY, TARGETS, Pretender, compiling, configuration, usage
 from qwen3core.writing import writing
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-"""Bytes for one block: CUDA programming guide, technical specifications; CDNA 3 instruction set, LDS."""
 KERNELS = ("attention", "rms_norm", "qk_norm_rope", "swiglu", "pooling")
 SIZES = ("0.6B", "8B")
 """The official sizes that kernels are compiled for, the smallest and the largest."""
-
-
-class Pretender:
-    """A driver that says the target is the current device."""
-
-    def __init__(self, name):
-        self.name = name
-
-    def get_current_target(self):
-        return TARGETS[self.name]
-
-    def get_current_device(self):
-        return self.name  # what is compiled is cached by device
-
-    def get_current_stream(self, device):
-        return 0
 
 
 def launches(file, configs, *functions):
@@ -64,22 +34,6 @@ def launches(file, configs, *functions):
     for config in configs:
         for function in functions:
             yield file, config == configs[0], partial(function, config=config)
-
-
-@contextmanager
-def compiling(target, compiled):
-    """Within, a launch compiles for ``target``, appends the result to the list ``compiled``, and does not run."""
-    run, runnable = JITFunction.run, launch.require_runnable
-
-    def compile_only(self, *args, **options):
-        compiled.append(run(self, *args, **(options | {"warmup": True})))
-
-    driver.set_active(Pretender(target))
-    JITFunction.run, launch.require_runnable = compile_only, lambda op, x: None
-    try:
-        yield
-    finally:
-        JITFunction.run, launch.require_runnable = run, runnable
 
 
 def cases(target, size):
@@ -110,40 +64,6 @@ def cases(target, size):
     last, mean = (partial(pooling.norm_pool, x, w, 1e-6, cu, 256, True, mean=mean) for mean in (False, True))
     score = partial(pooling.norm_score, x, w, 1e-6, cu, w.float())
     yield from launches("pooling", pooling.CONFIGS, last, mean, score)
-
-
-def number(before, text):
-    """The first number after a pattern."""
-    match = re.search(rf"{before}(\d+)", text)
-    assert match, before
-    return int(match[1])
-
-
-def usage(kernel):
-    """Registers, spill and tensor-core instructions of a compiled kernel."""
-    if "amdgcn" in kernel.asm:
-        text = kernel.asm["amdgcn"]
-        counts = {name: number(rf"\.{name}:\s*", text) for name in ("vgpr_count", "vgpr_spill_count")}
-        return {
-            "registers": counts["vgpr_count"],
-            "spill": counts["vgpr_spill_count"],
-            "tensor": f"{text.count('v_mfma')} v_mfma",
-        }
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, spill = (number(f"{name}:", text) for name in ("REG", "STACK"))
-    tensor = re.findall(r"\b(HGMMA|UTCHMMA|HMMA)\b", text)
-    return {"registers": registers, "spill": spill, "tensor": f"{len(tensor)} {' '.join(sorted(set(tensor)))}"}
-
-
-def configuration(kernel):
-    """The block sizes among a compiled kernel's constants, the mask of attention, its warps and stages."""
-    constants = {kernel.src.fn.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
-    blocks = [f"{name}={value}" for name, value in constants.items() if name.startswith(("BLOCK", "ROWS", "CAUSAL"))]
-    return " ".join([*blocks, f"warps={kernel.metadata.num_warps}", f"stages={kernel.metadata.num_stages}"])
 
 
 def table(targets=tuple(TARGETS), kernels=KERNELS, defaults=False):

@@ -7,10 +7,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from interpreter import exact_dot, use_exact_dot
 from tolerances import OPS_RATIO
 
 from qwen3core.kernels import launch
+from qwen3core.laboratory.interpreter import exact_dot, use_exact_dot
 
 if launch.INTERPRETED:
     use_exact_dot()

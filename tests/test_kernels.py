@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from interpreter import use_exact_dot
 from tolerances import CANCELLED, OPS_RATIO, REORDERED_FP32
 
 from qwen3core import InputError, Ops, capture, edit, load_model, pack, reference
@@ -24,6 +23,7 @@ from qwen3core.kernels.pooling import norm_pool, norm_score
 from qwen3core.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_
 from qwen3core.kernels.rms_norm import add_rms_norm, rms_norm
 from qwen3core.kernels.swiglu import swiglu
+from qwen3core.laboratory.interpreter import use_exact_dot
 from qwen3core.reference import declare
 
 if launch.INTERPRETED:

@@ -31,7 +31,7 @@ def use_exact_dot(builder: Any = InterpreterBuilder) -> None:
     original = getattr(builder, "create_dot", None)
     if original is None or [*inspect.signature(original).parameters] != ARGUMENTS:
         raise RuntimeError(
-            f"Triton's interpreter has no create_dot({', '.join(ARGUMENTS)}): adapt tests/interpreter.py"
+            f"Triton's interpreter has no create_dot({', '.join(ARGUMENTS)}): adapt qwen3core/laboratory/interpreter.py"
         )
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:

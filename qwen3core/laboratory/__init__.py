@@ -1,0 +1,1 @@
+"""The kernel laboratory: kernels checked, compiled for GPUs that are not here, and ranked."""
