@@ -15,6 +15,9 @@ from qwen3core.errors import InputError
 INTERPRETED = triton.knobs.runtime.interpret
 """TRITON_INTERPRET=1 was set when the kernels were imported: they run on the CPU, through numpy, slowly."""
 
+BFLOAT16_INTERPRETED = False
+"""Triton's interpreter has been made right in bfloat16: qwen3core.laboratory.interpreter sets it."""
+
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -50,8 +53,11 @@ def require_runnable(op: str, x: Tensor) -> None:
         raise InputError(
             f"{op}: expected tensors on a GPU (or TRITON_INTERPRET=1 in the environment), found {x.device}"
         )
-    if x.dtype == torch.bfloat16 and INTERPRETED:
-        raise InputError(f"{op}: expected dtype float32 or float16: Triton's interpreter is wrong in bfloat16")
+    if x.dtype == torch.bfloat16 and INTERPRETED and not BFLOAT16_INTERPRETED:
+        raise InputError(
+            f"{op}: expected float32 or float16, found bfloat16, in which Triton's interpreter is wrong: call "
+            "qwen3core.laboratory.interpreter.use_exact_arithmetic first"
+        )
 
 
 def check_cu_seqlens(op: str, name: str, cu_seqlens: Tensor, like: Tensor, shortest: int, debug: bool) -> None:

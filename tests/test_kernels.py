@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -23,16 +23,14 @@ from qwen3core.kernels.pooling import norm_pool, norm_score
 from qwen3core.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_
 from qwen3core.kernels.rms_norm import add_rms_norm, rms_norm
 from qwen3core.kernels.swiglu import swiglu
-from qwen3core.laboratory.interpreter import use_exact_dot
+from qwen3core.laboratory.interpreter import gpu_arithmetic, use_exact_arithmetic
 from qwen3core.reference import declare
 
 if launch.INTERPRETED:
-    use_exact_dot()
+    use_exact_arithmetic()
 
 EPS = 1e-6
-NO_BFLOAT16 = pytest.mark.skipif(launch.INTERPRETED, reason="Triton's interpreter is wrong in bfloat16")
-KERNEL_DTYPES: list[Any] = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=NO_BFLOAT16)]
-EACH_DTYPE = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+EACH_DTYPE = pytest.mark.parametrize("dtype", launch.KERNEL_DTYPES, ids=str)
 
 
 def slow(*values):
@@ -40,12 +38,17 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.fixture(params=["interpreter"] if launch.INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)])
+SEEDS = [0, slow(1), slow(2)]
+MODES = ["exact", *SEEDS] if launch.INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=MODES, ids=lambda mode: mode if isinstance(mode, str) else f"GPU arithmetic, seed {mode}")
 def device(request):
-    """Where kernels run: the CPU through Triton's interpreter, or a GPU."""
+    """Where kernels run: the CPU through Triton's interpreter, exact or erring as a GPU may; or a GPU."""
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU, and Triton was imported without TRITON_INTERPRET=1")
-    return torch.device("cpu" if request.param == "interpreter" else "cuda")
+    with nullcontext() if isinstance(request.param, str) else gpu_arithmetic(request.param):
+        yield torch.device("cuda" if request.param == "cuda" else "cpu")
 
 
 def cu_seqlens(lengths, device="cpu"):
@@ -102,14 +105,12 @@ ATTENTION = {
 
 def attention_cases():
     """Every case in groups of every size and every dtype, both masks; slow are most of those that repeat."""
-    for case, group, dtype, causal in itertools.product(ATTENTION, (1, 2, 4, 8), KERNEL_DTYPES, (True, False)):
+    for case, group, dtype, causal in itertools.product(ATTENTION, (1, 2, 4, 8), launch.KERNEL_DTYPES, (True, False)):
         quick = case not in ("odd", "tiny") and (group == 2 or (case == "tile edges" and dtype == torch.float32))
         quick = quick and (causal or case in ("tile edges", "fewer queries"))
         if not causal and group > 2 and not quick:  # without a mask, a group is only an index
             continue
         marks = [] if quick else [pytest.mark.slow]
-        if not isinstance(dtype, torch.dtype):
-            (dtype,), marks = dtype.values, [*marks, *dtype.marks]
         yield pytest.param(case, group, dtype, causal, marks=marks, id=f"{dtype}-{case}-{group}-{causal}")
 
 
@@ -249,38 +250,39 @@ def test_add_rms_norm(shape, dtype, device):
     judge(lambda x, w, r: add_rms_norm(x, w, EPS, r), specification, tensors, dtype, device)
 
 
-def rounding_of_rms_norm(device):
-    x, residual, w = (randn(*shape).half() for shape in ((200, 64), (200, 64), (64,)))
+def rounding_of_rms_norm(dtype, device):
+    x, residual, w = (randn(*shape).to(dtype) for shape in ((200, 64), (200, 64), (64,)))
     y, total = add_rms_norm(x.to(device), w.to(device), EPS, residual.to(device))
     assert torch.equal(total.cpu(), x + residual)
     late = (x + residual).float()
-    late = (late * torch.rsqrt(late.pow(2).mean(-1, keepdim=True) + EPS) * w.float()).half()
+    late = (late * torch.rsqrt(late.pow(2).mean(-1, keepdim=True) + EPS) * w.float()).to(dtype)
     return y, reference.rms_norm(x + residual, w, EPS), late
 
 
-def rounding_of_qk_norm_rope(device):
-    q, w = randn(70, 2, 64).half(), randn(64).half()
+def rounding_of_qk_norm_rope(dtype, device):
+    q, w = randn(70, 2, 64).to(dtype), randn(64).to(dtype)
     angles = randn(70, 32).repeat(1, 2)
-    cos, sin = angles.cos().half(), angles.sin().half()
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     on_device, weight = q.to(device), w.to(device)
     found, _ = qk_norm_rope(on_device, on_device, weight, weight, EPS, cos.to(device), sin.to(device))
     wide = [t.float() for t in (cos, sin)]
     normed = reference.rms_norm(q, w, EPS).float()
-    late = reference.rms_norm(q.float(), torch.ones(64), EPS).half().float() * w.float()
-    return found, *(reference.rope(y, *wide).half() for y in (normed, late))
+    late = reference.rms_norm(q.float(), torch.ones(64), EPS).to(dtype).float() * w.float()
+    return found, *(reference.rope(y, *wide).to(dtype) for y in (normed, late))
 
 
-def rounding_of_swiglu(device):
-    gate, up = randn(2, 70, 64).half()
-    late = (torch.nn.functional.silu(gate.float()) * up.float()).half()
+def rounding_of_swiglu(dtype, device):
+    gate, up = randn(2, 70, 64).to(dtype)
+    late = (torch.nn.functional.silu(gate.float()) * up.float()).to(dtype)
     return swiglu(gate.to(device), up.to(device)), reference.swiglu(gate, up), late
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("of", [rounding_of_rms_norm, rounding_of_qk_norm_rope, rounding_of_swiglu])
-def test_rounds_where_the_specification_does(of, device):
-    """float16, bit for bit, for what an error norm hardly sees; a last bit may differ by the order of a sum."""
+def test_rounds_where_the_specification_does(of, dtype, device):
+    """Bit for bit, for what an error norm hardly sees; a last bit may differ by the order of a sum."""
     torch.manual_seed(0)
-    found, expected, late = of(device)
+    found, expected, late = of(dtype, device)
     assert (found.cpu() == expected).float().mean() > 0.999
     assert (found.cpu() == late).float().mean() < 0.95
 
@@ -528,7 +530,8 @@ def test_registration(name, device):
 
 @pytest.mark.parametrize("counts", [(6, 1, 9), slow((17, 1, 70))], ids=str)
 @pytest.mark.parametrize("kind", ["embedding", slow("reranker")])
-def test_whole_model(kind, counts, device, request):
+@pytest.mark.parametrize("dtype", ["float32", slow("bfloat16")])
+def test_whole_model(dtype, kind, counts, device, request):
     """ops="triton" is as exact as ops="reference", fused and hooked, embedding and reranker, values and gradients."""
     directory = request.getfixturevalue(f"{kind}_dir")
 
@@ -544,8 +547,8 @@ def test_whole_model(kind, counts, device, request):
         found = [out, hooked, acts["final_norm"], acts["layers.3.resid_mid"], *grads]
         return [x.detach().double().cpu() for x in found]
 
-    exact, plain = (run("reference", dtype, "cpu") for dtype in ("float64", "float32"))
-    for result in zip(run("triton", "float32", device), plain, exact, strict=True):
+    exact, plain = (run("reference", precision, "cpu") for precision in ("float64", dtype))
+    for result in zip(run("triton", dtype, device), plain, exact, strict=True):
         obeys(*([x] for x in result))
 
 
@@ -666,11 +669,11 @@ def test_bad_input_is_refused_with_its_name(wrong, device):
             call()
 
 
-def test_the_interpreter_refuses_bfloat16(device):
-    if device.type != "cpu":
-        pytest.skip("a GPU computes in bfloat16")
+def test_the_interpreter_alone_refuses_bfloat16(monkeypatch):
+    monkeypatch.setattr(launch, "INTERPRETED", True)
+    monkeypatch.setattr(launch, "BFLOAT16_INTERPRETED", False)
     x = torch.ones(2, 64, dtype=torch.bfloat16)
-    with pytest.raises(InputError, match="expected dtype float32 or float16: Triton's interpreter"):
+    with pytest.raises(InputError, match=r"expected float32 or float16, .*interpreter\.use_exact_arithmetic"):
         swiglu(x, x)
 
 
