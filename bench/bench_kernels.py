@@ -13,7 +13,6 @@ TRITON_INTERPRET=1, not of speed.
 """
 
 import argparse
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +31,7 @@ from qwen3core import Qwen3Config, profiling, reference
 from qwen3core.batch import build_cu_seqlens
 from qwen3core.config import OFFICIAL_SIZES
 from qwen3core.kernels import attention, pooling, qk_norm_rope, rms_norm, swiglu
+from qwen3core.laboratory import contenders
 from qwen3core.ops import Ops
 
 D, EPS, MEAN_LENGTH = 128, 1e-6, 300
@@ -165,23 +165,11 @@ def attention_expected(inputs: list[Tensor], cu: Tensor, dout: Tensor, direction
 def attention_engines(direction: str, q: Tensor, cu: Tensor, lengths: list[int]) -> dict[str, Prepare]:
     longest, prepared = max(lengths), DIRECTIONS[direction]
 
-    def ours(q, k, v):
-        return attention.attention(q, k, v, cu, cu, longest, longest)
+    def packed(function):
+        return prepared(lambda q, k, v: function(q, k, v, cu, cu, longest, longest))
 
-    def varlen(q, k, v):
-        from torch.nn.attention.varlen import varlen_attn
-
-        accepted = inspect.signature(varlen_attn).parameters
-        options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in accepted else {"is_causal": True}
-        options |= {"enable_gqa": True} if "enable_gqa" in accepted else {}
-        return varlen_attn(q, k, v, cu, cu, longest, longest, **options)
-
-    def flash_attn(q, k, v):
-        from flash_attn import flash_attn_varlen_func
-
-        return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
-
-    engines = {"ours": prepared(ours), "torch varlen": prepared(varlen), "flash_attn": prepared(flash_attn)}
+    engines = {name: packed(function) for name, function in contenders.OTHERS["attention"].items()}
+    engines = {"ours": packed(attention.attention), **engines}
     engines["FlexAttention"] = flex(prepared, cu)
     if direction == "forward":
         engines["FlashInfer"] = partial(flashinfer, cu)
@@ -323,14 +311,11 @@ def swiglu_rows(size: Qwen3Config, T: int, b: int) -> Rows:
     def formula(norm, gate, up):
         return reference.swiglu(gate, up)
 
-    def liger(gate, up):
-        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
-
-        return LigerSiLUMulFunction.apply(gate, up)
-
     inner = size.intermediate_size
     work = {"forward": 3 * T * inner * b, "backward": 5 * T * inner * b}
-    return Rows([randn(T, inner), randn(T, inner)], swiglu.swiglu, formula, work, swiglu.CONFIGS, liger)
+    return Rows(
+        [randn(T, inner), randn(T, inner)], swiglu.swiglu, formula, work, swiglu.CONFIGS, contenders.liger_swiglu
+    )
 
 
 def pooling_rows(kind: str, size: Qwen3Config, T: int, b: int) -> Rows:
@@ -365,12 +350,7 @@ def pooling_rows(kind: str, size: Qwen3Config, T: int, b: int) -> Rows:
     return Rows([randn(T, H), randn(H)], ours, formula, work, pooling.CONFIGS)
 
 
-def liger_norm(x: Tensor, w: Tensor) -> Tensor:
-    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
-
-    return LigerRMSNormFunction.apply(x, w, EPS, 0.0, "llama", False)  # False: not in place
-
-
+liger_norm = partial(contenders.liger_rms_norm, eps=EPS)
 POOLING = ("norm_pool", "norm_pool_mean", "norm_score")
 ROWS: dict[str, Callable] = {
     "rms_norm": rms_norm_rows,
