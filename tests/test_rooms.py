@@ -16,6 +16,7 @@ TOOLS = (
     "training",
     "evaluation",
     "explaining",
+    "laboratory",
     "profiling",
     "commands",
     "weights.synthesize",
