@@ -1,0 +1,405 @@
+"""The laboratory: wrong kernels are found and named, right ones pass; the command's JSON and exit status."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+
+from qwen3core import InputError, Ops, reference
+from qwen3core.commands import main
+from qwen3core.kernels import launch
+from qwen3core.laboratory import trial
+from qwen3core.laboratory.check import DTYPES, check_op
+from qwen3core.laboratory.compiled import accesses
+from qwen3core.laboratory.operations import OPERATIONS, Operation, each, leaf
+from qwen3core.laboratory.variants import Variant, import_file, load
+
+INTERPRETED = pytest.mark.skipif(not launch.INTERPRETED, reason="Triton was imported without TRITON_INTERPRET=1")
+KERNELS = ("add_rms_norm", "qk_norm_rope", "norm_pool", "norm_score", "attention")
+EXACT = (torch.float32, torch.float16)
+
+RMS_NORM = """
+import torch
+import triton
+import triton.language as tl
+
+CONFIGS = [(1,), (4,)]
+
+
+@triton.jit
+def kernel(x_ptr, stride, w_ptr, y_ptr, H, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < H
+    x = tl.load(x_ptr + row * stride + column, mask=mask, other=0.0)
+    w = tl.load(w_ptr + column, mask=mask, other=0.0)
+    wide = x.to(tl.float32)
+    normed = wide * tl.rsqrt(tl.sum(wide * wide) / H + eps)
+    y = normed.to(x.dtype) * w
+    tl.store(y_ptr + row * H + column, y, mask=mask)
+
+
+class Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w, eps, config):
+        ctx.save_for_backward(x, w)
+        ctx.eps = eps
+        rows, H = x.reshape(-1, x.shape[-1]), x.shape[-1]
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        if len(rows):
+            kernel[(len(rows),)](rows, rows.stride(0), w, y, H, eps, triton.next_power_of_2(H), num_warps=config[0])
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, w = ctx.saved_tensors
+        r = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + ctx.eps)
+        n, g = x.float() * r, (dy * w).float()
+        dx = r * (g - n * (g * n).mean(-1, keepdim=True))
+        dw = (dy.float() * n.to(x.dtype).float()).flatten(0, -2).sum(0)
+        return dx.to(x.dtype), dw.to(w.dtype), None, None
+
+
+def rms_norm(x, weight, eps, config=CONFIGS[0]):
+    return Norm.apply(x, weight, eps, config)
+"""
+
+WRONG = {
+    "mask": ("+ row * stride + column, mask=mask, other=0.0)", "+ row * stride + column)"),
+    "cast": ("wide = x.to(tl.float32)", "wide = x"),
+    "rounding": ("normed.to(x.dtype) * w", "normed * w.to(tl.float32)"),
+    "strides": ("rows.stride(0)", "H"),
+    "gradient": (" - n * (g * n).mean(-1, keepdim=True)", ""),
+    "bounds": ("column, y, mask=mask)", "column, y)"),
+}
+"""Bugs, as what is replaced by what in RMS_NORM."""
+
+
+@pytest.fixture
+def kernel_file(tmp_path):
+    """A function that writes RMS_NORM to a file outside of the package, right or with one of the bugs."""
+
+    def write(bug=None):
+        source = RMS_NORM
+        if bug:
+            assert WRONG[bug][0] in source
+            source = source.replace(*WRONG[bug])
+        path = tmp_path / f"{bug or 'right'}.py"
+        path.write_text(source, "utf-8")
+        return path
+
+    return write
+
+
+@INTERPRETED
+def test_a_right_kernel_of_a_file_outside_passes(kernel_file):
+    function = import_file(kernel_file()).rms_norm
+    report = check_op(function, "rms_norm", EXACT)
+    assert report.ok, report
+    assert report.runs == {"float32": 15, "float16": 15}
+    assert str(report).startswith("right; runs: 15 in float32")
+
+
+@INTERPRETED
+@pytest.mark.parametrize(
+    ("bug", "kind", "what", "words"),
+    [
+        ("mask", "mask", "output 0", "a mask of the last, partial block is missing"),
+        ("cast", "rounding", "output 0", "a cast to float32 is missing|a rounding is moved or left out"),
+        ("rounding", "rounding", "output 0", "a rounding is moved or left out"),
+        ("strides", "strides", "output 0", "a stride is assumed"),
+        ("gradient", "gradient", "gradient of x", "the outputs are right: the backward's formula"),
+        ("bounds", "bounds", "a new tensor", "expected nothing written outside of it"),
+    ],
+)
+def test_a_wrong_kernel_is_found_and_named(kernel_file, bug, kind, what, words):
+    report = check_op(import_file(kernel_file(bug)).rms_norm, "rms_norm", EXACT)
+    assert not report.ok
+    assert {(f.kind, f.what) for f in report.findings} == {(kind, what)}, report
+    assert re.search(words, str(report))
+
+
+def shape(gate, up):
+    return reference.swiglu(gate, up)[None]
+
+
+def narrow(gate, up):
+    return reference.swiglu(gate, up).half()
+
+
+def changes_input(gate, up):
+    out = reference.swiglu(gate, up)
+    with torch.no_grad():
+        gate.zero_()
+    return out
+
+
+def random_bits(gate, up):
+    return reference.swiglu(gate, up) * (1 + 1e-7 * torch.rand(()))
+
+
+def unwritten(gate, up):
+    out = torch.empty_like(gate)
+    out[: len(gate) // 2] = reference.swiglu(gate, up)[: len(gate) // 2]
+    return out
+
+
+def raises(gate, up):
+    raise ZeroDivisionError("of one's own")
+
+
+def formula(gate, up):
+    return gate * up
+
+
+def no_gradient_of_up(gate, up):
+    return reference.swiglu(gate, up.detach())
+
+
+def two_outputs(gate, up):
+    return reference.swiglu(gate, up), gate
+
+
+@pytest.mark.parametrize(
+    ("function", "kinds"),
+    [
+        (shape, {"shape"}),
+        (two_outputs, {"shape"}),
+        (narrow, {"dtype"}),
+        (changes_input, {"error", "inputs", "bits"}),
+        (random_bits, {"bits"}),
+        (unwritten, {"mask"}),
+        (raises, {"error"}),
+        (formula, {"values"}),
+        (no_gradient_of_up, {"gradient"}),
+    ],
+)
+def test_each_kind_of_mistake_has_its_name(function, kinds):
+    report = check_op(function, "swiglu", [torch.float32])
+    assert not report.ok
+    assert {f.kind for f in report.findings} <= kinds, report
+
+
+def test_refusals_and_missing_gradients_are_notes():
+    def refuses(gate, up):
+        if gate.dtype != torch.float32:
+            raise InputError("swiglu: expected float32")
+        return reference.swiglu(gate.detach(), up.detach())
+
+    report = check_op(refuses, "swiglu", EXACT)
+    assert report.ok
+    assert report.runs == {"float32": 12, "float16": 0}
+    assert report.notes == [
+        "forward only: the outputs have no gradient",
+        "refused in float16: swiglu: expected float32",
+    ]
+    assert not check_op(refuses, "swiglu", [torch.float16]).ok  # nothing ran
+
+
+def test_whole_numbers_may_be_one_off():
+    operation = Operation(
+        lambda x: (x * 10).round().to(torch.int8),
+        each(lambda *shape: (leaf(*shape),), {"odd": (7, 5)}),
+        lambda size, T: (leaf(T, size.hidden_size),),
+        lambda x: (x.nbytes, x.numel()),
+    )
+    assert check_op(lambda x: (x * 10).floor().to(torch.int8), operation, EXACT).ok
+    assert not check_op(lambda x: (x * 13).round().to(torch.int8), operation, EXACT).ok
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_the_specifications_pass(op):
+    # With AMX, oneDNN's bfloat16 product of strided rows reads beyond them, times 0: what is NaN there shows.
+    report = check_op(OPERATIONS[op].specification, op, EXACT if op == "linear" else DTYPES)
+    assert report.ok, report
+    assert report.notes == []
+
+
+def slow(op):
+    return pytest.param(op, marks=pytest.mark.slow)
+
+
+@INTERPRETED
+@pytest.mark.parametrize("op", ["rms_norm", "swiglu", *map(slow, KERNELS)])
+def test_the_kernels_pass(op):
+    report = check_op(getattr(Ops.triton(), op), op)
+    assert report.ok, report
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent.py:rms_norm"], "absent.py: expected a Python file, found none"),
+        (["{file}:absent"], "expected a function 'absent'"),
+        (["{file}:Norm"], "expected --op, one of linear, rms_norm, .*, or an OPERATION, found 'Norm'"),
+        (["{file}:rms_norm", "--op", "absent"], "found 'absent'"),
+        (["{file}:rms_norm", "--target", "sm_10"], "--target: expected one of sm_80, .*, found 'sm_10'"),
+        (["{broken}:rms_norm"], "expected a file to import, found NameError: name 'absent'"),
+        (["{plain}:swiglu", "--tune"], "--tune: expected a list CONFIGS"),
+    ],
+)
+def test_bad_input_is_refused_by_name(kernel_file, tmp_path, capsys, arguments, message):
+    (tmp_path / "broken.py").write_text("absent\n", "utf-8")
+    (tmp_path / "plain.py").write_text("def swiglu(gate, up):\n    return gate\n", "utf-8")
+    files = {"file": kernel_file(), "broken": tmp_path / "broken.py", "plain": tmp_path / "plain.py"}
+    assert main(["kernel", *(argument.format(**files) for argument in arguments)]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_files_of_the_package_have_their_own_names():
+    assert import_file(ROOT / "kernels" / "swiglu.py").__name__ == "qwen3core.kernels.swiglu"
+    assert import_file(ROOT / "qwen3core" / "reference.py") is reference
+    (variant,) = load(f"{ROOT}/kernels/swiglu.py:swiglu")
+    assert variant.operation is OPERATIONS["swiglu"]
+
+
+TRIAL = {
+    *("kernel", "config", "op", "ok", "check", "compiled", "work", "predicted_ms", "timed", "parity", "environment")
+}
+COMPILED = {*("target", "kernel", "config", "registers", "spill", "tensor", "shared", "of", "loads", "stores")}
+
+
+@INTERPRETED
+def test_the_command_prints_one_stable_object(kernel_file, tmp_path, capsys):
+    """Right and wrong side by side; one target, and a file of results."""
+    pytest.importorskip("sentence_transformers")
+    sources = [f"{kernel_file(bug)}:rms_norm" for bug in (None, "mask")]
+    results, dump = tmp_path / "results.jsonl", tmp_path / "dump"
+    options = ["--json", "--target", "sm_90", "--results", str(results), "--dump", str(dump)]
+    assert main(["kernel", *sources, *options]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [json.loads(line) for line in results.read_text("utf-8").splitlines()] == found["trials"]
+    right, wrong = found["trials"]
+    for each_trial, source in zip((right, wrong), sources, strict=True):
+        assert set(each_trial) == TRIAL
+        assert (each_trial["kernel"], each_trial["config"], each_trial["op"]) == (source, None, "rms_norm")
+        assert set(each_trial["check"]) == {"device", "runs", "findings", "notes"}
+        assert each_trial["timed"] == {"error": "not timed: no GPU"}
+        (row,) = each_trial["compiled"]  # the backward of this kernel is plain PyTorch
+        assert set(row) == COMPILED
+        assert (row["target"], row["kernel"], row["spill"]) == ("sm_90", "kernel", 0)
+        assert row["loads"]
+        assert row["stores"]
+    assert (right["ok"], wrong["ok"]) == (True, False)
+    assert right["check"]["findings"] == []
+    assert right["parity"]["ok"]
+    assert {row["point"] for row in right["parity"]["rows"]} >= {"embed", "pooled"}
+    assert set(wrong["check"]["findings"][0]) == {"kind", "case", "dtype", "layout", "what", "message", "guess"}
+    assert wrong["parity"] == {"error": "not run: the check failed"}
+    assert right["work"] == {
+        **{"model": "0.6B", "tokens": 8192, "dtype": "bfloat16"},
+        **{"bytes": 4 * 8192 * 1024 + 2048, "flops": 4 * 8192 * 1024},
+        "intensity": 4 * 8192 * 1024 / (4 * 8192 * 1024 + 2048),
+    }
+    assert 0.009 < right["predicted_ms"]["H100 SXM"] < 0.011  # 34 MB at 3.35 TB/s
+    assert {path.suffix for path in dump.iterdir()} == {".ptx", ".sass"}
+
+
+@INTERPRETED
+@pytest.mark.slow
+def test_every_configuration_is_tried_and_ranked(kernel_file, capsys):
+    assert main(["kernel", f"{kernel_file()}:rms_norm", "--tune", "--target", "sm_80", "gfx942"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("check: right") == 2
+    assert re.findall(r"\| .*rms_norm (\(.*\)) \| True \|", out) == ["(1,)", "(4,)"]
+    assert "not timed: no GPU" in out
+    assert "predicted from datasheets, not measured" in out
+    assert out.count("| gfx942 | kernel |") == out.count("| sm_80 | kernel |") == 2
+
+
+@pytest.fixture
+def two_contenders(monkeypatch):
+    def contenders(op, operation):
+        def absent(*args):
+            raise ImportError("nowhere")
+
+        return {"torch eager": operation.specification, "absent": absent, "wrong": lambda gate, up: gate}
+
+    monkeypatch.setattr(trial, "contenders", contenders)
+
+
+def test_variants_are_timed_beside_others(two_contenders, tmp_path):
+    """On a CPU, whose numbers mean nothing: what is wrong or absent has none."""
+    variant = Variant("mine", "swiglu", OPERATIONS["swiglu"], Ops.torch().swiglu)
+    found = trial.times([variant], torch.device("cpu"), tokens=8, repeats=2)
+    assert set(found) == {"device", "before", "after", "ms"}
+    assert {name for name, ms in found["ms"].items() if "p50" in ms} == {"mine", "torch eager"}
+    assert found["ms"]["absent"] == {"error": "not installed"}
+    assert "disagrees" in found["ms"]["wrong"]["error"]
+    assert next(iter(found["ms"])) == "mine"
+
+
+def test_the_roofline_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    work = {"model": "0.6B", "tokens": 8, "dtype": "bfloat16", "bytes": 3000, "flops": 5000, "intensity": 5 / 3}
+    timed = {
+        "device": "a GPU",
+        "ms": {"mine": {"p25": 1.0, "p50": 1.0, "p75": 1.0}, "absent": {"error": "not installed"}},
+    }
+    report = check_op(reference.swiglu, "swiglu", [])
+    found = trial.Trial("f.py:mine", None, "swiglu", True, report, [], work, {}, timed, {"error": "not run"}, {})
+    trial.draw([found], tmp_path / "roofline.png")
+    assert (tmp_path / "roofline.png").read_bytes()[:4] == b"\x89PNG"
+    assert "| mine | 1 | 1 | 1 |" in str(found)
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_every_operation_says_what_it_moves(op):
+    """At a model's sizes, with the numbers of the kernels' docstrings where they have some."""
+    arguments = OPERATIONS[op].large(trial.OFFICIAL_SIZES["0.6B"], 600)
+    moved, flops = OPERATIONS[op].work(*(trial.cast(arguments, torch.bfloat16)))
+    T, H, N, b = 600, 1024, 2, 2
+    expected = {
+        "linear": (2 * (T * H + 3072 * H + T * 3072), 2 * T * H * 3072),
+        "rms_norm": (2 * T * H * b + H * b, 4 * T * H),
+        "add_rms_norm": (4 * T * H * b + H * b, 5 * T * H),
+        "rope": ((2 * 16 + 2) * T * 128 * b, 3 * T * 16 * 128),
+        "qk_norm_rope": (2 * T * 24 * 128 * b + 2 * T * 128 * b + 2 * 128 * b, 7 * T * 24 * 128),
+        "attention": ((2 * 16 + 2 * 8) * T * 128 * b, 4 * 16 * 128 * (512 * 513 // 2 + 88 * 89 // 2)),
+        "swiglu": (3 * T * 3072 * b, 5 * T * 3072),
+        "pool": (N * H * b + 4 * N * H, 3 * N * H),
+        "norm_pool": (N * H * b + 4 * N * H + H * b, 7 * N * H),
+        "norm_score": (N * H * b + 4 * N + H * b + 4 * H, 6 * N * H),
+    }
+    assert (moved, flops) == expected[op]
+
+
+@pytest.mark.parametrize(
+    ("asm", "loads", "stores"),
+    [
+        (
+            {
+                "ptx": "@%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];\n"
+                "ld.global.L1::evict_last.v2.b32 { %r1, %r2 }, [ %rd1 + 0 ];\n"
+                "ld.global.b16 { %rs1 }, [ %rd1 ];\nld.shared.v4.b32 {%r1}, [%r2];\n"
+                "cp.async.cg.shared.global [ %r5 + 0 ], [ %rd7 + 0 ], 0x10, %r6;\n"
+                "st.global.v4.b32 [ %rd1 + 0 ], { %r1, %r2, %r3, %r4 };"
+            },
+            {"2": 1, "8": 1, "16": 2},
+            {"16": 1},
+        ),
+        (
+            {
+                "amdgcn": "global_load_dwordx4 v[2:5], v[6:7], off\nbuffer_load_ushort v1, off\n"
+                "global_store_dword v1, v2"
+            },
+            {"2": 1, "16": 1},
+            {"4": 1},
+        ),
+    ],
+    ids=["ptx", "amdgcn"],
+)
+def test_accesses_are_counted_by_width(asm, loads, stores):
+    assert accesses(asm) == {"loads": loads, "stores": stores}
+
+
+@pytest.mark.parametrize("op", ["add_rms_norm", "norm_pool"])
+def test_a_fused_operation_stands_for_the_parts_of_its_set(op):
+    def mine(*args):
+        return OPERATIONS[op].specification(*args)
+
+    ops = trial.with_function(Ops.torch(), op, mine)
+    assert getattr(ops, op) is not None
+    assert ops.rms_norm is Ops.torch().rms_norm
