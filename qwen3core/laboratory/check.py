@@ -25,7 +25,7 @@ from torch import Tensor
 from ..errors import InputError, check_one_of
 from ..kernels import launch
 from ..profiling import device_name
-from .interpreter import use_exact_dot
+from .interpreter import use_exact_arithmetic
 from .operations import CANCELLED, OPERATIONS, OPS_RATIO, Operation, cast
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -116,7 +116,7 @@ def check_op(
         check_one_of("op", op, OPERATIONS)
         op = OPERATIONS[op]
     if launch.INTERPRETED:
-        use_exact_dot()
+        use_exact_arithmetic()
     on_gpu = torch.cuda.is_available() and not launch.INTERPRETED
     where = torch.device(device or ("cuda" if on_gpu else "cpu"))
     runs: list[_Run] = []
