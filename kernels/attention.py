@@ -78,6 +78,22 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, causal: bool, debug: bool,
     config: Sequence[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, debug)
+    out, lse = _forward_fake(q, k, v)
+    tensors = (q, q.stride(), k, k.stride(), v, v.stride(), out, lse)
+    _launch("forward", config, q, k, tensors, cu_seqlens_q, cu_seqlens_k, causal)
+    return out, lse
+
+
+@_forward.register_fake
+def _forward_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+def check_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, causal: bool, debug: bool
+) -> None:
+    """Check the arguments of ``attention``. Raises InputError."""
     check("attention", q=(q, "Tq Hq D"), k=(k, "Tk Hkv D"), v=(v, "Tk Hkv D"))
     if q.shape[2] not in (64, 128):
         raise InputError(f"attention: D: expected 64 or 128, found {q.shape[2]}")
@@ -90,15 +106,6 @@ def _forward(
         raise InputError(f"attention: expected cu_seqlens_q and cu_seqlens_k of one length, found {found}")
     if causal and (debug or q.device.type == "cpu"):
         list(sequences(cu_seqlens_q, cu_seqlens_k))  # raises where a sequence has more queries than keys
-    out, lse = _forward_fake(q, k, v)
-    tensors = (q, q.stride(), k, k.stride(), v, v.stride(), out, lse)
-    _launch("forward", config, q, k, tensors, cu_seqlens_q, cu_seqlens_k, causal)
-    return out, lse
-
-
-@_forward.register_fake
-def _forward_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
 def _launch(
