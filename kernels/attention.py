@@ -78,11 +78,42 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, causal: bool, debug: bool,
     config: Sequence[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, debug)
+    check_attention("attention", q, k, v, cu_seqlens_q, cu_seqlens_k, causal, debug)
     out, lse = _forward_fake(q, k, v)
     tensors = (q, q.stride(), k, k.stride(), v, v.stride(), out, lse)
-    _launch("forward", config, q, k, tensors, cu_seqlens_q, cu_seqlens_k, causal)
+    launch_tiles(attention_kernel, "forward", config, q, k, tensors, cu_seqlens_q, cu_seqlens_k, causal)
     return out, lse
+
+
+def check_attention(
+    op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, causal: bool = True,
+    debug: bool = False,
+) -> None:  # fmt: skip
+    """Check what ``attention`` is given, for any kernel that takes the same. Raises InputError."""
+    check(op, q=(q, "Tq Hq D"), k=(k, "Tk Hkv D"), v=(v, "Tk Hkv D"))
+    check_heads(op, q, k.shape[1])
+    check_cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, k, 0, debug)
+    check_queries(op, q, cu_seqlens_q, cu_seqlens_k, causal, debug)
+
+
+def check_heads(op: str, q: Tensor, heads: int) -> None:
+    """Check the sizes of q [Tq, Hq, D] for as many key heads. Raises InputError."""
+    if q.shape[2] not in (64, 128):
+        raise InputError(f"{op}: D: expected 64 or 128, found {q.shape[2]}")
+    if q.shape[1] not in [heads * group for group in (1, 2, 4, 8, 16)]:
+        raise InputError(f"{op}: Hq: expected 1, 2, 4, 8 or 16 times Hkv = {heads}, found {q.shape[1]}")
+
+
+def check_queries(
+    op: str, q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, causal: bool = True, debug: bool = False
+) -> None:
+    """Check the queries' cu_seqlens beside the keys'. Raises InputError."""
+    check_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q, q, 0, debug)
+    if len(cu_seqlens_q) != len(cu_seqlens_k):
+        found = f"{len(cu_seqlens_q)} and {len(cu_seqlens_k)}"
+        raise InputError(f"{op}: expected cu_seqlens_q and cu_seqlens_k of one length, found {found}")
+    if causal and (debug or q.device.type == "cpu"):
+        list(sequences(cu_seqlens_q, cu_seqlens_k))  # raises where a sequence has more queries than keys
 
 
 @_forward.register_fake
@@ -90,34 +121,18 @@ def _forward_fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
-def check_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, causal: bool, debug: bool
-) -> None:
-    """Check the arguments of ``attention``. Raises InputError."""
-    check("attention", q=(q, "Tq Hq D"), k=(k, "Tk Hkv D"), v=(v, "Tk Hkv D"))
-    if q.shape[2] not in (64, 128):
-        raise InputError(f"attention: D: expected 64 or 128, found {q.shape[2]}")
-    if q.shape[1] not in [k.shape[1] * group for group in (1, 2, 4, 8, 16)]:
-        raise InputError(f"attention: Hq: expected 1, 2, 4, 8 or 16 times Hkv = {k.shape[1]}, found {q.shape[1]}")
-    check_cu_seqlens("attention", "cu_seqlens_q", cu_seqlens_q, q, 0, debug)
-    check_cu_seqlens("attention", "cu_seqlens_k", cu_seqlens_k, k, 0, debug)
-    if len(cu_seqlens_q) != len(cu_seqlens_k):
-        found = f"{len(cu_seqlens_q)} and {len(cu_seqlens_k)}"
-        raise InputError(f"attention: expected cu_seqlens_q and cu_seqlens_k of one length, found {found}")
-    if causal and (debug or q.device.type == "cpu"):
-        list(sequences(cu_seqlens_q, cu_seqlens_k))  # raises where a sequence has more queries than keys
-
-
-def _launch(
-    kernel: str, config: Sequence[int], q: Tensor, k: Tensor, tensors: tuple, cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor, causal: bool,
+def launch_tiles(
+    function: Any, kernel: str, config: Sequence[int], q: Tensor, k: Tensor, tensors: tuple, cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor, mask: int,
 ) -> None:  # fmt: skip
-    """Launch a kernel, by its name in CONFIGS, over (tiles, key heads): of keys for dkdv, of queries otherwise."""
+    """Launch a function over (tiles, key heads), tiles of keys for "dkdv" and of queries otherwise.
+
+    Its tiles are those of ``config``, or of a kernel's default in CONFIGS; ``mask`` is its first constant, CAUSAL here.
+    """
     block_m, block_n, warps, stages = config or CONFIGS[kernel][_family(q)][0]
     (Tq, HQ, D), (Tk, HKV, _), N = q.shape, k.shape, len(cu_seqlens_q) - 1
     tiles = (Tk // block_n if kernel == "dkdv" else Tq // (block_m * HKV // HQ)) + N
-    function = {"forward": attention_kernel, "dq": dq_kernel, "dkdv": dkdv_kernel}[kernel]
-    launch(function, (tiles, HKV), *tensors, cu_seqlens_q, cu_seqlens_k, N, D**-0.5, causal, HQ, HKV, D, block_m,
+    launch(function, (tiles, HKV), *tensors, cu_seqlens_q, cu_seqlens_k, N, D**-0.5, mask, HQ, HKV, D, block_m,
            block_n, num_warps=warps, num_stages=stages)  # fmt: skip
 
 
@@ -166,17 +181,13 @@ def attention_kernel(q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_p
     q_start, len_q, first, k_start, len_k = query_tile(cu_seqlens_q_ptr, cu_seqlens_k_ptr, N, QUERIES)
     if first < 0:
         return
-    head = tl.program_id(1)
+    k_ptr += k_start * k_strides[0] + tl.program_id(1) * k_strides[1]
+    v_ptr += k_start * v_strides[0] + tl.program_id(1) * v_strides[1]
     token = (q_start + first).to(tl.int64)
-    q_ptr += token * q_strides[0] + head * GROUP * q_strides[1]
-    k_ptr += k_start * k_strides[0] + head * k_strides[1]
-    v_ptr += k_start * v_strides[0] + head * v_strides[1]
     query, head_q = split_rows(GROUP, BLOCK_M)
     exists = first + query < len_q
     seen, full, end = key_range(first, query, len_q, len_k, CAUSAL, QUERIES, BLOCK_N)
-    column = tl.arange(0, D)[None, :]
-    q_ptr += (query * q_strides[0] + head_q * q_strides[1])[:, None] + column
-    q = tl.load(q_ptr, mask=exists[:, None], other=0.0)
+    q = load_queries(q_ptr, q_strides, token, query, head_q, exists, GROUP, D)
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, D), tl.float32)
@@ -184,13 +195,7 @@ def attention_kernel(q_ptr, q_strides, k_ptr, k_strides, v_ptr, v_strides, out_p
                            scale * LOG2_E, False, D, BLOCK_N)  # fmt: skip
     acc, m, total = attend(acc, m, total, q, k_ptr, k_strides[0], v_ptr, v_strides[0], full, end, seen, len_k,
                            scale * LOG2_E, True, D, BLOCK_N)  # fmt: skip
-    # No key at all (not causal, an empty sequence of keys): zeros, and a logarithm of -inf.
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    at = query * HQ + head_q
-    out_ptr += (token * HQ + head * GROUP) * D
-    lse_ptr += token * HQ + head * GROUP
-    tl.store(out_ptr + at[:, None] * D + column, acc, mask=exists[:, None])
-    tl.store(lse_ptr + at, (m + tl.log2(total)) / LOG2_E, mask=exists)
+    store_rows(out_ptr, lse_ptr, acc, m, total, token, query, head_q, exists, HQ, GROUP, D)
 
 
 @triton.jit
@@ -233,6 +238,27 @@ def split_rows(GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def load_queries(q_ptr, q_strides, token, query, head_q, exists, GROUP: tl.constexpr, D: tl.constexpr):
+    """The rows of a tile that begins at ``token`` of q, [BLOCK_M, D], zero where none exists."""
+    q_ptr += token * q_strides[0] + tl.program_id(1) * GROUP * q_strides[1]
+    at = (query * q_strides[0] + head_q * q_strides[1])[:, None] + tl.arange(0, D)[None, :]
+    return tl.load(q_ptr + at, mask=exists[:, None], other=0.0)
+
+
+@triton.jit
+def store_rows(out_ptr, lse_ptr, acc, m, total, token, query, head_q, exists,
+               HQ: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr):  # fmt: skip
+    """Write the tile's rows of out and lse, contiguous, from the running acc [BLOCK_M, D], m and total [BLOCK_M]."""
+    # No key at all (not causal, an empty sequence of keys): zeros, and a logarithm of -inf.
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    at = query * HQ + head_q
+    out_ptr += (token * HQ + tl.program_id(1) * GROUP) * D
+    lse_ptr += token * HQ + tl.program_id(1) * GROUP
+    tl.store(out_ptr + at[:, None] * D + tl.arange(0, D)[None, :], acc, mask=exists[:, None])
+    tl.store(lse_ptr + at, (m + tl.log2(total)) / LOG2_E, mask=exists)
+
+
+@triton.jit
 def key_range(first, query, len_q, len_k, CAUSAL: tl.constexpr, QUERIES: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which keys the tile of QUERIES queries from ``first`` sees: (seen, full, end).
 
@@ -259,14 +285,20 @@ def attend(acc, m, total, q, k_ptr, k_stride, v_ptr, v_stride, start, end, seen,
         s = tl.dot(q, k.T, input_precision="ieee")
         if MASK:
             s = tl.where((n + tl.arange(0, BLOCK_N))[None, :] < seen[:, None], s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, axis=1) * scale)
-        p = tl.exp2(s * scale - m_new[:, None])
-        alpha = tl.exp2(m - m_new)
-        total = total * alpha + tl.sum(p, axis=1)
         v = load_block(v_ptr, v_stride, n, len_k, MASK, D, BLOCK_N)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-        m = m_new
+        acc, m, total = add_keys(acc, m, total, s, v, scale)
     return acc, m, total
+
+
+@triton.jit
+def add_keys(acc, m, total, s, v, scale):
+    """Add keys of scores s [BLOCK_M, BLOCK_N] and values v [BLOCK_N, D] to the running acc, m and total."""
+    m_new = tl.maximum(m, tl.max(s, axis=1) * scale)
+    p = tl.exp2(s * scale - m_new[:, None])
+    alpha = tl.exp2(m - m_new)
+    total = total * alpha + tl.sum(p, axis=1)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+    return acc, m_new, total
 
 
 @triton.jit
@@ -303,8 +335,8 @@ def attention_backward(
     delta = torch.empty_like(lse)
     dq, dk, dv = _backward_fake(dout, dlse, q, k, v)
     shared = (cu_seqlens_q, cu_seqlens_k, causal)
-    _launch("dq", dq_config, q, k, (q, k, v, out, lse, dout, dlse, delta, dq), *shared)
-    _launch("dkdv", dkdv_config, q, k, (q, k, v, lse, dout, delta, dk, dv), *shared)
+    launch_tiles(dq_kernel, "dq", dq_config, q, k, (q, k, v, out, lse, dout, dlse, delta, dq), *shared)
+    launch_tiles(dkdv_kernel, "dkdv", dkdv_config, q, k, (q, k, v, lse, dout, delta, dk, dv), *shared)
     return dq, dk, dv
 
 

@@ -71,7 +71,7 @@ def attention_hopper(
 
     Strides and addresses of q, k and v must be multiples of 16 bytes.
     """
-    check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, debug)
+    check_attention("attention", q, k, v, cu_seqlens_q, cu_seqlens_k, causal, debug)
     _check_for_hopper(q=q, k=k, v=v)
     (Tq, HQ, D), (Tk, HKV, _), N = q.shape, k.shape, len(cu_seqlens_q) - 1
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
