@@ -302,6 +302,21 @@ def test_casts_are_those_of_torch(dtype):
     assert same(found[1], wide.bfloat16())
 
 
+@INTERPRETED
+@pytest.mark.parametrize("patched", [True, False])
+def test_casts_to_e4m3_round_as_a_gpu(patched, monkeypatch):
+    """As torch, where it is finite; larger numbers to 448, the largest. Without the patch they do not."""
+    x = torch.randn(SIZE) * 2.0 ** torch.randint(-12, 9, (SIZE,))
+    x[:256] = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float() * (1 + 2.0**-4)  # ties among them
+    x[256:260] = torch.tensor([math.inf, -math.inf, math.nan, 460])
+    if not patched:
+        monkeypatch.setattr(InterpreterBuilder, "create_fp_to_fp", InterpreterBuilder.create_fp_to_fp.__wrapped__)
+    found = torch.empty(SIZE, dtype=torch.float8_e4m3fn)
+    cast_kernel[(1,)](x, found, SIZE)
+    expected = x.clamp(-448, 448).to(found.dtype)
+    assert same(found.float(), expected.float()) == patched
+
+
 @triton.jit
 def fma_kernel(x_ptr, y_ptr, z_ptr, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)

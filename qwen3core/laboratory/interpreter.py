@@ -23,6 +23,7 @@ from functools import partial, wraps
 from typing import Any
 
 import numpy
+import torch
 import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, ScanOps, TensorHandle
@@ -71,6 +72,12 @@ def to_bfloat16(x: numpy.ndarray) -> numpy.ndarray:
     """float32 to the bits of bfloat16, uint16, rounded to nearest, ties to even; NaN to the quiet NaN."""
     bits = x.view(numpy.uint32)
     return numpy.where(numpy.isnan(x), 0x7FC0, (bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(numpy.uint16)
+
+
+def to_e4m3(x: numpy.ndarray) -> numpy.ndarray:
+    """float32 to the bits of e4m3, uint8, to nearest, ties to even, at most 448, as cvt.rn.satfinite; NaN stays NaN."""
+    rounded = torch.from_numpy(numpy.ascontiguousarray(x)).clamp(-448, 448).to(torch.float8_e4m3fn)
+    return rounded.view(torch.uint8).numpy()
 
 
 def to_odd(x: numpy.ndarray, lost: numpy.ndarray, dtype: Any) -> numpy.ndarray:
@@ -171,13 +178,19 @@ def fma(original: Callable) -> Callable:
 
 
 def fp_to_fp(original: Callable) -> Callable:
-    """Between float16 and bfloat16; 8-bit formats and other roundings are refused where the other is bfloat16."""
+    """Between float16 and bfloat16; float32 to e4m3, for which the interpreter rounds halves up and drops carries.
+
+    Other 8-bit formats and roundings are refused where the other is bfloat16.
+    """
 
     def operation(self: Any, src: TensorHandle, dst_type: Any, rounding_mode: Any) -> TensorHandle:
         types = {src.dtype.scalar, dst_type.scalar}
+        to_nearest = rounding_mode == ir.ROUNDING_MODE.RTNE
+        if (src.dtype.scalar, dst_type.scalar) == (tl.float32, tl.float8e4nv) and to_nearest:
+            return TensorHandle(to_e4m3(src.data), tl.float8e4nv)
         if tl.bfloat16 not in types:
             return original(self, src, dst_type, rounding_mode)
-        if types != {tl.bfloat16, tl.float16} or rounding_mode != ir.ROUNDING_MODE.RTNE:
+        if types != {tl.bfloat16, tl.float16} or not to_nearest:
             raise unsupported(f"cast of {src.dtype.scalar} to {dst_type.scalar}, {rounding_mode}")
         return self.create_fp_trunc(self.create_fp_ext(src, tl.float32), dst_type)
 
