@@ -21,10 +21,11 @@ from triton.runtime import driver
 from qwen3core.batch import build_cu_seqlens
 from qwen3core.config import OFFICIAL_SIZES
 from qwen3core.kernels import attention, pooling, qk_norm_rope, rms_norm, swiglu
+from qwen3core.kernels.gallery import cascade, fp8_norm, int8_norm, norm_linear, paged, sliding_window, swiglu_linear
 from qwen3core.laboratory.compiling import SHARED_MEMORY, TARGETS, Pretender, compiling, configuration, usage
 from qwen3core.writing import writing
 
-KERNELS = ("attention", "rms_norm", "qk_norm_rope", "swiglu", "pooling")
+KERNELS = ("attention", "rms_norm", "qk_norm_rope", "swiglu", "pooling", "gallery")
 SIZES = ("0.6B", "8B")
 """The official sizes that kernels are compiled for, the smallest and the largest."""
 
@@ -64,6 +65,22 @@ def cases(target, size):
     last, mean = (partial(pooling.norm_pool, x, w, 1e-6, cu, 256, True, mean=mean) for mean in (False, True))
     score = partial(pooling.norm_score, x, w, 1e-6, cu, w.float())
     yield from launches("pooling", pooling.CONFIGS, last, mean, score)
+    if target != "gfx942":  # where attention's tiles spill in paged.py and cascade.py
+        yield from gallery_cases(q, k, x, gate, cu, fp8=target != "sm_80")
+
+
+def gallery_cases(q, k, x, gate, cu, fp8):
+    """The same for each file of kernels/gallery, in its default configuration."""
+    pages, entries = k.unflatten(0, (-1, 16)), torch.zeros(2, 2, dtype=torch.int32)
+    projection, inner = (torch.empty(n, x.shape[1], dtype=x.dtype) for n in (q.shape[1] * q.shape[2], gate.shape[1]))
+    yield "gallery", True, partial(sliding_window.sliding_window, q, k, k, cu, cu, 32, 32, 512)
+    yield "gallery", True, partial(cascade.cascade, q, k, k, k, k, cu, cu, 32, 32)
+    yield "gallery", True, partial(paged.paged, q, pages, pages, entries, cu, cu)
+    yield "gallery", True, partial(norm_linear.norm_linear, x, x[0], 1e-6, projection)
+    yield "gallery", True, partial(swiglu_linear.swiglu_linear, x, inner, inner)
+    yield "gallery", True, partial(int8_norm.int8_norm, x, x[0], 1e-6)
+    if fp8:
+        yield "gallery", True, partial(fp8_norm.fp8_norm, x, x[0], 1e-6)
 
 
 def table(targets=tuple(TARGETS), kernels=KERNELS, defaults=False):

@@ -60,6 +60,12 @@ def require_runnable(op: str, x: Tensor) -> None:
         )
 
 
+def forward_only(op: str, *tensors: Tensor) -> None:
+    """Raise InputError where autograd would want a gradient from a kernel that has no backward."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise InputError(f"{op}: expected torch.no_grad() or tensors without requires_grad: it has no backward")
+
+
 def check_cu_seqlens(op: str, name: str, cu_seqlens: Tensor, like: Tensor, shortest: int, debug: bool) -> None:
     """Check that ``cu_seqlens`` [N + 1] int32 delimits the rows of ``like`` in sequences of at least ``shortest`` rows.
 

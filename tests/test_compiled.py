@@ -20,6 +20,14 @@ KERNELS = {
     "norm_pool_kernel",
     "norm_score_kernel",
 }
+GALLERY = {
+    "sliding_window_kernel",
+    "cascade_kernel",
+    "paged_kernel",
+    "norm_linear_kernel",
+    "swiglu_linear_kernel",
+    "quantized_norm_kernel",
+}
 
 
 def compile_all(folder, *jobs):
@@ -54,7 +62,8 @@ def rows(tmp_path_factory):
 @pytest.mark.slow
 def test_every_kernel_compiles_for_every_target(rows):
     for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
-        assert {row["kernel"] for row in rows if row["target"] == target and row["default"]} == KERNELS, target
+        expected = KERNELS | (set() if target == "gfx942" else GALLERY)
+        assert {row["kernel"] for row in rows if row["target"] == target and row["default"]} == expected, target
 
 
 @pytest.mark.slow

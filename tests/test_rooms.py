@@ -22,6 +22,7 @@ TOOLS = (
     "weights.synthesize",
     "weights.merge",
     "weights.tiny_recipe",
+    "kernels.gallery",
 )
 """Rooms that import the core, and that no core file imports."""
 
