@@ -13,6 +13,7 @@ right everywhere, and slower: the model then takes no shortcut around it.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -62,6 +63,8 @@ class Ops:
     norm_score: Callable[[Tensor, Tensor, float, Tensor, Tensor], Tensor] | None = None
     """(x, weight, eps, cu_seqlens, w_yes - w_no [H] float32) to P(yes) [N] from pool(rms_norm(x))"""
 
+    checked: str = field(default="", compare=False)
+    """The GPU where its kernels were compared with torch before they were used; empty where they were not."""
     row_wise: bool = field(init=False, compare=False)
     """Rows may go through a layer in blocks: all but attention and pooling are declared row-wise."""
     shortcuts: bool = field(init=False, compare=False)
@@ -150,14 +153,19 @@ class Ops:
     def __repr__(self) -> str:
         functions = {name: f for name in (*OPERATIONS, *FUSED) if (f := getattr(self, name))}
         names = (f"{name}={f.__module__}.{getattr(f, '__qualname__', repr(f))}" for name, f in functions.items())
-        return f"Ops({', '.join(names)}, shortcuts={self.shortcuts})"
+        checked = f", checked={self.checked!r}" if self.checked else ""
+        return f"Ops({', '.join(names)}, shortcuts={self.shortcuts}{checked})"
 
 
 def resolve(ops: "Ops | str", device: torch.device | None = None) -> Ops:
-    """An Ops, or the name of one; ``"auto"`` is triton for a GPU, else torch. Raises InputError."""
+    """An Ops, or the name of one; ``"auto"`` is triton for a GPU, else torch. Raises InputError.
+
+    For ``"auto"`` each kernel is first compared with torch on that GPU, once in a process; what is wrong is replaced,
+    and a warning says so. ``"triton"`` takes the kernels as they are.
+    """
     if isinstance(ops, Ops):
         return ops
-    auto = Ops.triton if device is not None and device.type == "cuda" else Ops.torch
+    auto = partial(_confirmed, device) if device is not None and device.type == "cuda" else Ops.torch
     sets = {
         "auto": auto,
         "reference": Ops.reference,
@@ -169,6 +177,13 @@ def resolve(ops: "Ops | str", device: torch.device | None = None) -> Ops:
     if not isinstance(ops, str) or ops not in sets:
         raise InputError(f"ops: expected one of {', '.join(sets)}, or an Ops, found {ops!r}")
     return sets[ops]()
+
+
+@cache
+def _confirmed(device: torch.device) -> Ops:
+    from .kernels.confirm import confirm
+
+    return confirm(Ops.triton(), device)
 
 
 def call(function: Callable[..., Any], *args: Any, **options: Any) -> Any:

@@ -8,7 +8,7 @@ from tolerances import OPS_RATIO
 
 from qwen3core import InputError, Ops, load_model, ops_torch, pack, reference
 from qwen3core.batch import build_cu_seqlens
-from qwen3core.ops import resolve
+from qwen3core.ops import _confirmed, resolve
 from qwen3core.ops_torch import LONG_KEYS
 from qwen3core.products import PACKED
 
@@ -182,8 +182,15 @@ def test_unknown_ops_set():
         resolve("cuda")
 
 
-def test_auto_is_triton_on_a_gpu_and_torch_elsewhere():
-    assert resolve("auto", torch.device("cuda")) == Ops.triton()
+def test_auto_is_confirmed_triton_on_a_gpu_and_torch_elsewhere(monkeypatch):
+    asked = []
+    monkeypatch.setattr("qwen3core.kernels.confirm.confirm", lambda ops, device: asked.append(device) or ops)
+    _confirmed.cache_clear()
+    for _ in range(2):
+        assert resolve("auto", torch.device("cuda")) == Ops.triton()
+    _confirmed.cache_clear()
+    assert asked == [torch.device("cuda")]  # once
+    assert resolve("triton", torch.device("cuda")).checked == ""
     assert resolve("auto", torch.device("cpu")) == resolve("auto") == Ops.torch()
     assert resolve("torch", torch.device("cuda")) == Ops.torch()
 
