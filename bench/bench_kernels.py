@@ -436,6 +436,8 @@ def main() -> None:
         parser.error("expected a GPU; without one --tiny, with TRITON_INTERPRET=1 in the environment")
     sizes = {"tiny": TINY} if args.tiny else {model: OFFICIAL_SIZES[model] for model in args.model}
     folder = args.out or (None if args.tiny else harness.RESULTS)
+    if args.tiny:
+        harness.FLUSH = 1
     torch._functorch.config.donated_buffer = False  # a compiled graph's backward is run many times
     environment, ceilings = harness.environment(DEVICE), vars(profiling.ceilings(DEVICE, DTYPE))
     print(environment, ceilings)
@@ -451,8 +453,8 @@ def main() -> None:
                 timed = [row for row in rows if "share" in row]
                 if args.tune and timed:
                     print(f"best: {max(timed, key=lambda row: row['share'])['engine']}")
-        if folder:
-            harness.save(folder, f"{kernel}_tune" if args.tune else kernel, found, environment, ceilings)
+                if folder:  # after every case: a run cut short keeps what it has measured
+                    harness.save(folder, f"{kernel}_tune" if args.tune else kernel, found, environment, ceilings)
 
 
 if __name__ == "__main__":

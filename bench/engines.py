@@ -57,7 +57,12 @@ def embedders(
         "qwen3core": lambda: _qwen3core_embed(directory, dtype, device, length),
         "transformers": lambda: _transformers_embed(directory, dtype, device, length),
         "sentence-transformers": lambda: _sentence_transformers_embed(directory, dtype, device, length),
+        "vLLM": lambda: _vllm_embed(directory, dtype, device, length),
     }
+    if device == "cuda" and dtype != "float32":
+        engines["transformers, flash-attention"] = lambda: _transformers_embed(
+            directory, dtype, device, length, attention="flash_attention_2"
+        )
     if device == "cpu":
         if dtype == "float32":  # bfloat16 weights are packed without being asked
             engines["qwen3core, prepacked"] = lambda: _qwen3core_embed(
@@ -67,7 +72,6 @@ def embedders(
             directory, dtype, device, length, ops="batch_invariant"
         )
         engines["qwen3core, int8"] = lambda: _qwen3core_embed(directory, "int8", device, length)
-        engines["vLLM"] = lambda: _vllm_embed(directory, dtype, length)
         engines["OpenVINO"] = lambda: _openvino_embed(directory, dtype, length, cache)
         engines["llama.cpp"] = lambda: _llama_embed(directory, GGUF_TYPES[dtype], length, cache)
         engines["llama.cpp Q8_0"] = lambda: _llama_embed(directory, "Q8_0", length, cache)
@@ -86,9 +90,13 @@ def rerankers(
         "transformers": lambda: _transformers_rerank(directory, dtype, device, length),
         "transformers, last logits": lambda: _transformers_rerank(directory, dtype, device, length, logits=1),
         "sentence-transformers": lambda: _cross_encoder_rerank(directory, dtype, device, length),
+        "vLLM": lambda: _vllm_rerank(directory, dtype, device, length),
     }
+    if device == "cuda" and dtype != "float32":
+        engines["transformers, last logits, flash-attention"] = lambda: _transformers_rerank(
+            directory, dtype, device, length, logits=1, attention="flash_attention_2"
+        )
     if device == "cpu":
-        engines["vLLM"] = lambda: _vllm_rerank(directory, dtype, length)
         engines["llama.cpp"] = lambda: _llama_rerank(directory, GGUF_TYPES[dtype], length, cache)
         engines["llama.cpp Q8_0"] = lambda: _llama_rerank(directory, "Q8_0", length, cache)
     return engines
@@ -173,13 +181,14 @@ def _products(directory: Path, dtype: str, device: str) -> Callable[[int], np.nd
 # change is no_grad around the embedding model, which its card leaves out.
 
 
-def _transformers_embed(directory: Path, dtype: str, device: str, length: int) -> Embed:
+def _transformers_embed(directory: Path, dtype: str, device: str, length: int, attention: str | None = None) -> Embed:
     import torch
     from torch.nn import functional as F
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
-    model = AutoModel.from_pretrained(directory, dtype=getattr(torch, dtype)).to(device).eval()
+    model = AutoModel.from_pretrained(directory, dtype=getattr(torch, dtype), attn_implementation=attention)
+    model.to(device).eval()
 
     @torch.no_grad()
     def embed(texts: list[str], batch_size: int | None = None) -> np.ndarray:
@@ -204,7 +213,9 @@ def _last_token_pool(last_hidden_states: torch.Tensor, attention_mask: torch.Ten
     return last_hidden_states[torch.arange(len(lengths), device=last_hidden_states.device), lengths]
 
 
-def _transformers_rerank(directory: Path, dtype: str, device: str, length: int, logits: int = 0) -> Rerank:
+def _transformers_rerank(
+    directory: Path, dtype: str, device: str, length: int, logits: int = 0, attention: str | None = None
+) -> Rerank:
     """The model card's code: it forms the logits of every position, [n, L, vocabulary], and uses the last.
 
     logits: form those of as many last positions; 0: all.
@@ -216,7 +227,8 @@ def _transformers_rerank(directory: Path, dtype: str, device: str, length: int, 
     from qwen3core.prompts import DEFAULT_TASK, NO, RERANKER, RERANKER_PREFIX, RERANKER_SUFFIX, YES
 
     tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
-    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+    kind = {"dtype": getattr(torch, dtype), "attn_implementation": attention}
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, **kind)
     model.to(device).eval()
     yes, no = (tokenizer.convert_tokens_to_ids(token) for token in (YES, NO))
     prefix, suffix = (tokenizer.encode(text, add_special_tokens=False) for text in (RERANKER_PREFIX, RERANKER_SUFFIX))
@@ -272,26 +284,29 @@ def _cross_encoder_rerank(directory: Path, dtype: str, device: str, length: int)
     return rerank
 
 
-# vLLM: its own scheduler and kernels, bound to the cores that it may use. It compiles the model at the first opening,
-# and finds the result in its cache later: slower to open than enforce_eager=True, faster at every workload.
+# vLLM: its own scheduler and kernels, on a CPU bound to the cores that it may use. It compiles the model at the first
+# opening, and finds the result in its cache later: slower to open than enforce_eager=True, faster at every workload.
 
 
-def _vllm(directory: Path, dtype: str, length: int, **options: Any) -> Any:
+def _vllm(directory: Path, dtype: str, device: str, length: int, **options: Any) -> Any:
     """An LLM. Its manual asks for the preloaded libraries, which the process that it starts for its engine inherits."""
-    library = Path(sys.prefix) / "lib"
-    found = [*library.glob("libtcmalloc*.so*"), *library.glob("libiomp5.so")]
-    os.environ["LD_PRELOAD"] = ":".join(map(str, found))
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-    gigabytes = length // MAX_LENGTH * (2 if dtype == "float32" else 1)  # keys and values of one text of MAX_LENGTH
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, gigabytes))
+    if device == "cpu":
+        library = Path(sys.prefix) / "lib"
+        found = [*library.glob("libtcmalloc*.so*"), *library.glob("libiomp5.so")]
+        os.environ["LD_PRELOAD"] = ":".join(map(str, found))
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+        gigabytes = length // MAX_LENGTH * (2 if dtype == "float32" else 1)  # keys and values of one text of MAX_LENGTH
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, gigabytes))
+    else:
+        options["gpu_memory_utilization"] = 0.4  # other engines are open at the same time
     os.environ["VLLM_USE_AOT_COMPILE"] = "0"  # vLLM 0.32 cannot load what that stored, and compiles at every opening
     from vllm import LLM
 
     return LLM(str(directory), runner="pooling", dtype=dtype, max_model_len=length, seed=0, **options)
 
 
-def _vllm_embed(directory: Path, dtype: str, length: int) -> Embed:
-    model = _vllm(directory, dtype, length)
+def _vllm_embed(directory: Path, dtype: str, device: str, length: int) -> Embed:
+    model = _vllm(directory, dtype, device, length)
 
     def embed(texts: list[str]) -> np.ndarray:
         found = model.embed(texts, use_tqdm=False)
@@ -300,7 +315,7 @@ def _vllm_embed(directory: Path, dtype: str, length: int) -> Embed:
     return _forgetful(model, embed)
 
 
-def _vllm_rerank(directory: Path, dtype: str, length: int) -> Rerank:
+def _vllm_rerank(directory: Path, dtype: str, device: str, length: int) -> Rerank:
     """The model card's code for vLLM's score. Blocks of 128 tokens, its default, would be longer than what documents
     share, which is 72 tokens or so."""
     from qwen3core.prompts import DEFAULT_TASK, NO, RERANKER_BODY, RERANKER_PREFIX, RERANKER_SUFFIX, YES
@@ -310,7 +325,7 @@ def _vllm_rerank(directory: Path, dtype: str, length: int) -> Rerank:
         "classifier_from_token": [NO, YES],
         "is_original_qwen3_reranker": True,
     }
-    model = _vllm(directory, dtype, length, hf_overrides=overrides, enable_prefix_caching=True, block_size=32)
+    model = _vllm(directory, dtype, device, length, hf_overrides=overrides, enable_prefix_caching=True, block_size=32)
     start, mark, rest = (RERANKER_PREFIX + RERANKER_BODY + RERANKER_SUFFIX).partition("<Document>")
 
     def rerank(query: str, documents: list[str]) -> np.ndarray:

@@ -1,6 +1,6 @@
 """How fast, how much memory, how soon: qwen3core beside other engines.
 
-    python -m bench.run --quick     # small random checkpoints: proves that the bench runs
+    python -m bench.run --quick     # small random checkpoints: proves that the bench runs; --out writes its rows
     python -m bench.run --full --python vllm=VENV/bin/python    # 0.6B; JSON, charts and the tables of bench/README.md
 
 Every engine runs in a process of its own, of the environment named for it or of this one; those that are not installed
@@ -23,6 +23,7 @@ from qwen3core.weights.synthesize import synthesize
 
 def main() -> None:
     args = arguments()
+    folder = args.out or (harness.RESULTS if args.full else None)
     with tempfile.TemporaryDirectory() as temporary:
         setup = prepare(args, args.checkpoints or Path(temporary))
         environment = harness.environment(torch.device(setup.device))
@@ -33,13 +34,13 @@ def main() -> None:
                 for row in WORKLOADS[name](setup):
                     print(line(row), flush=True)
                     found.append(row)
-                if args.full:
+                if folder:
                     noted = environment | {"load": [*load, os.getloadavg()[0]], "engines": setup.versions}
                     ceilings = vars(profiling.ceilings(torch.device(setup.device), getattr(torch, args.dtype)))
-                    path = harness.save(harness.RESULTS, f"{name}_{args.dtype}", found, noted, ceilings)
+                    path = harness.save(folder, f"{name}_{args.dtype}", found, noted, ceilings)
         finally:
             setup.close()
-    if args.full:
+    if folder and folder.resolve() == harness.RESULTS.resolve():
         from bench import plot
 
         plot.engines(path.parent, environment["device"])
@@ -53,6 +54,7 @@ def arguments() -> argparse.Namespace:
     size.add_argument(
         "--full", action="store_true", help="0.6B; writes bench/results and the tables of bench/README.md"
     )
+    parser.add_argument("--out", metavar="FOLDER", type=Path, help="default: bench/results; with --quick: none")
     parser.add_argument("--workload", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--python", action="append", default=[], metavar="ENGINE=PATH", help="of its own environment")
@@ -71,8 +73,9 @@ def prepare(args: argparse.Namespace, folder: Path) -> Setup:
     for path in (embedding, reranker):
         if not path.exists():
             synthesize(path, path.name)
-    scale, repeats, length = (1 / 8, 2, 256) if args.quick else (args.scale, args.repeats, args.length)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    few = {"cpu": 1 / 8, "cuda": 1 / 128}[device]
+    scale, repeats, length = (few, 2, 256) if args.quick else (args.scale, args.repeats, args.length)
     pythons = {engine.lower(): path for engine, _, path in (pair.partition("=") for pair in args.python)}
     return Setup(embedding, reranker, args.dtype, device, repeats, scale, length, pythons, args.engine)
 

@@ -32,6 +32,7 @@ WARM_UP = 10
 """Calls before any is timed: what an engine does at its first ones is seen in ``startup``."""
 BATCHED = ("sentence-transformers", "OpenVINO")
 """Engines whose best batch size is looked for."""
+BATCH_SIZES = {"cpu": (1, 2, 4, 8), "cuda": (16, 64, 256)}
 SETTLED = 0.25
 """Seconds before each call: Intel's OpenMP lets the threads of the last engine spin for 0.2."""
 BUDGET = 120e3
@@ -115,7 +116,7 @@ def corpus(setup: Setup) -> Iterator[Row]:
     for name, worker in setup.opened("embed").items():
         runs[name] = partial(worker.call, [[texts]])
         if name in BATCHED:
-            sizes = {n: partial(worker.call, [[texts]], batch_size=n) for n in (1, 2, 4, 8)}
+            sizes = {n: partial(worker.call, [[texts]], batch_size=n) for n in BATCH_SIZES[setup.device]}
             times = {n: min(run()[0] for _ in range(2)) for n, run in sizes.items()}
             best = min(times, key=lambda n: times[n])
             print(f"{name}: its best batches are of {best}, {times}", flush=True)
