@@ -404,9 +404,13 @@ FLOPS = {
 """For each number of the first argument; see ``count_flops``."""
 
 
+LARGE = {"cpu": (1024, 2**27), "cuda": (8192, 2**30)}
+"""Rows of a matrix that is multiplied, and bytes that are copied, to see what a device can do."""
+
+
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """Measure this machine: the fastest of 10 products of large matrices, and of 10 copies of a large tensor."""
-    size, copied = (8192, 2**30) if device.type == "cuda" else (1024, 2**27)
+    size, copied = LARGE[device.type]
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     source = torch.randint(1, 100, (copied,), device=device, dtype=torch.int8)
     target = torch.empty_like(source)

@@ -1,0 +1,312 @@
+"""A GPU that is not there: the dry run of whatever runs on one.
+
+    python -m qwen3core.laboratory.pretend [--target sm_90] [--launches FOLDER] PROGRAM [ARGUMENT ...]
+
+PROGRAM is what follows ``python``: FILE.py, -m MODULE or -c CODE; or a shell script, whose $PYTHON is a Python where
+the same holds. There, torch says that it has one GPU. Its tensors are tensors of the CPU that say otherwise: to mix
+them with the CPU's is an error, as on a GPU, and whatever would make the host wait for it is in ``WAITS``. Launches go
+to Triton's interpreter, and are written to a folder, from which ``launches.compile_all`` compiles them.
+
+What it does not imitate: speed, memory, streams, races, what a GPU's own kernels round; ``torch.compile`` gives the
+function as it is. In-place changes of a tensor's shape are not followed.
+"""
+
+import argparse
+import os
+import runpy
+import shlex
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from .. import profiling
+
+USAGE = "python -m qwen3core.laboratory.pretend [--target sm_90] [--launches FOLDER] PROGRAM [ARGUMENT ...]"
+GPU = torch.device("cuda", 0)
+NAME = "pretended GPU"
+WAITS: list[str] = []
+"""What the host waited for, in order: an operation, and the line that asked."""
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal"}
+"""Operations of torch whose result or its size the host must know."""
+MIXING = {"copy_", "index", "index_put_", "_index_put_impl_"}
+"""Operations that take tensors of both; they copy, and wait."""
+
+
+class OnGPU(Tensor):
+    """A tensor that says it is on the GPU."""
+
+    inner: Tensor
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "OnGPU":
+        layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset()}
+        # The CPU's to all of torch but Python: its autograd and its choice of operations need no GPU.
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device, **layout)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    device = property(lambda self: GPU)  # type: ignore[assignment]
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+    is_cpu = property(lambda self: False)  # type: ignore[assignment]
+
+    def get_device(self) -> int:
+        return 0
+
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    def numpy(self, *args: Any, **options: Any) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy: use Tensor.cpu() first")
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"OnGPU({self.inner!r})"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return ask(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run(func, args, kwargs or {})
+
+
+class Leave(torch.autograd.Function):
+    """From the GPU to the CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: OnGPU) -> Tensor:
+        return x.inner.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
+        return OnGPU(dy)
+
+
+class Enter(torch.autograd.Function):
+    """From the CPU to the GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> OnGPU:
+        return OnGPU(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, dy: OnGPU) -> Tensor:  # type: ignore[override]
+        return dy.inner
+
+
+def move(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """``Tensor.to``."""
+    copy = kwargs.pop("copy", False)
+    if "other" in kwargs or (args and isinstance(args[0], Tensor)):
+        other = kwargs.pop("other", None) or args[0]
+        device, dtype, blocking = other.device, other.dtype, True
+    else:
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        blocking = not (non_blocking and getattr(x, "pinned", False))
+    on_gpu, to_gpu = isinstance(x, OnGPU), device is not None and device.type == "cuda"
+    x = x.to(dtype or x.dtype, copy=copy)
+    if device is None or on_gpu == to_gpu:
+        return x
+    if on_gpu or blocking:
+        wait("to cuda" if to_gpu else "to cpu")
+    return (Enter if to_gpu else Leave).apply(x)
+
+
+def pin(x: Tensor, *_: Any) -> Tensor:
+    """``Tensor.pin_memory``, which needs a GPU."""
+    pinned = x.clone()
+    pinned.pinned = True  # type: ignore[attr-defined]
+    return pinned
+
+
+MOVES: dict[Any, Callable[..., Any]] = {
+    Tensor.to: move,
+    Tensor.cpu: lambda x, *_: move(x, "cpu"),
+    Tensor.cuda: lambda x, *_, non_blocking=False: move(x, GPU, non_blocking=non_blocking),
+    Tensor.type_as: move,
+    Tensor.pin_memory: pin,
+}
+
+
+def ask(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A function of torch as Python calls it, which may name the GPU."""
+    with torch._C.DisableTorchFunctionSubclass():
+        if func in MOVES:
+            return MOVES[func](*args, **kwargs)
+        if kwargs.get("device") is None or torch.device(kwargs["device"]).type != "cuda":
+            return func(*args, **kwargs)
+        x = func(*args, **(kwargs | {"device": "cpu"}))
+    if isinstance(x, OnGPU):
+        return x
+    if func in (torch.tensor, torch.as_tensor):
+        wait("to cuda")
+    return OnGPU(x.detach()).requires_grad_(x.requires_grad)
+
+
+def wait(what: str) -> None:
+    """Note that the host waits, and for whom."""
+    stack = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
+    line = next((f"{f.filename}:{f.lineno}" for f in reversed(stack) if f.filename != __file__), "")
+    WAITS.append(f"{what}, {line}")
+
+
+def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """An operation of torch, or one of the package's own, which runs as if it were on the GPU."""
+    if func.namespace == "qwen3core":
+        with MODE:
+            return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+    name = func._schema.name.partition("::")[2]
+    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+    ours = [x for x in tensors if isinstance(x, OnGPU)]
+    others = [x for x in tensors if not isinstance(x, OnGPU) and x.dim()]
+    if ours and others and name not in MIXING:
+        raise RuntimeError(f"{name}: expected all tensors on one device, found cuda:0 and cpu")
+    by_mask = name.startswith("index") and any(x.dtype == torch.bool for x in ours[1:])
+    sized = name == "repeat_interleave" and "output_size" not in kwargs
+    if ours and (name in WAITING or others or by_mask or sized):
+        wait(name)
+    wrapped = {id(x.inner): x for x in ours}
+    args, kwargs = tree_map_only(OnGPU, lambda x: x.inner, (args, kwargs))
+    out = func(*args, **kwargs)
+    if not isinstance(tensors[0], OnGPU) and name == "copy_":
+        return out
+    return tree_map_only(Tensor, lambda x: wrapped[id(x)] if id(x) in wrapped else OnGPU(x), out)
+
+
+class Mode(TorchFunctionMode):
+    """Sees what is asked for on the GPU without a tensor of it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return ask(func, args, kwargs or {})
+
+
+MODE = Mode()
+
+
+class Event:
+    """The n-th is recorded n milliseconds after the start."""
+
+    recorded = 0
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.time = 0
+
+    def record(self, stream: object = None) -> None:
+        Event.recorded += 1
+        self.time = Event.recorded
+
+    def synchronize(self) -> None:
+        wait("event")
+
+    def elapsed_time(self, end: "Event") -> float:
+        return float(end.time - self.time)
+
+
+def stand_ins(major: int, minor: int) -> dict[str, Any]:
+    """What torch.cuda is asked for, of a device of that compute capability."""
+    memory = 80 * 2**30
+    properties = SimpleNamespace(
+        name=NAME, total_memory=memory, major=major, minor=minor, multi_processor_count=132, gcnArchName=NAME
+    )
+    return {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "is_bf16_supported": lambda *args, **options: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_name": lambda device=None: NAME,
+        "get_device_capability": lambda device=None: (major, minor),
+        "get_device_properties": lambda device=None: properties,
+        "mem_get_info": lambda device=None: (memory, memory),
+        "memory_allocated": lambda device=None: 0,
+        "max_memory_allocated": lambda device=None: 0,
+        "reset_peak_memory_stats": lambda device=None: None,
+        "empty_cache": lambda: None,
+        "synchronize": lambda device=None: wait("synchronize"),
+        "manual_seed_all": lambda seed: None,
+        "set_device": lambda device: None,
+        "device_of": lambda x: nullcontext(),
+        "Event": Event,
+        "_lazy_init": lambda: None,
+    }
+
+
+@contextmanager
+def pretending(target: str, launches: Path | None = None) -> Iterator[None]:
+    """Within, and for good: there is a GPU, whose launches are written to the folder. triton is not interpreted."""
+    from . import launches as recording
+
+    for name, value in stand_ins(9, 0).items():
+        setattr(torch.cuda, name, value)
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # or Module.to would change their data alone
+    profiling.LARGE["cuda"] = profiling.LARGE["cpu"]
+    torch.compile = lambda model=None, **options: model if model else (lambda f: f)  # type: ignore[assignment]
+    recording.interpret(target, launches, inner=lambda x: tree_map_only(OnGPU, lambda y: y.inner, x))
+    with MODE:
+        yield
+
+
+def python(folder: Path, options: list[str]) -> str:
+    """An executable file that is this Python with the pretended GPU."""
+    path = folder / "python"
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {__name__} {shlex.join(options)} "$@"\n', "utf-8")
+    path.chmod(0o755)
+    return str(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], usage=USAGE)
+    parser.add_argument("--target", default="sm_90", help="whose configurations are launched (default: sm_90)")
+    parser.add_argument("--launches", type=Path, help="folder that launches are written to")
+    start = 1
+    while sys.argv[start : start + 1] and sys.argv[start] in ("--target", "--launches"):
+        start += 2  # the program has options of its own
+    options, program = sys.argv[1:start], sys.argv[start:]
+    if not program or program[0] in ("-h", "--help"):
+        parser.parse_args(["--help"])
+    args = parser.parse_args(options)
+    os.environ.pop("TRITON_INTERPRET", None)  # launches are interpreted, kernels are not
+    with tempfile.TemporaryDirectory() as folder:
+        executable = python(Path(folder), options)
+        if program[0].endswith(".sh"):
+            raise SystemExit(subprocess.run(["bash", *program], env=os.environ | {"PYTHON": executable}).returncode)
+        sys.executable = executable
+        with pretending(args.target, args.launches):
+            run_program(program)
+
+
+def run_program(program: list[str]) -> None:
+    """As ``python`` would."""
+    kind, *rest = program
+    if kind == "-m":
+        sys.argv = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif kind == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = program
+        sys.path.insert(0, str(Path(kind).parent))
+        runpy.run_path(kind, run_name="__main__")
+
+
+if __name__ == "__main__":
+    from qwen3core.laboratory import pretend  # or its tensors would be of two classes
+
+    pretend.main()
