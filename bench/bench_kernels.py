@@ -31,6 +31,7 @@ from qwen3core import Qwen3Config, profiling, reference
 from qwen3core.batch import build_cu_seqlens
 from qwen3core.config import OFFICIAL_SIZES
 from qwen3core.kernels import attention, pooling, qk_norm_rope, rms_norm, swiglu
+from qwen3core.kernels.gallery import attention_hopper
 from qwen3core.laboratory import contenders
 from qwen3core.ops import Ops
 
@@ -172,6 +173,7 @@ def attention_engines(direction: str, q: Tensor, cu: Tensor, lengths: list[int])
     engines = {"ours": packed(attention.attention), **engines}
     engines["FlexAttention"] = flex(prepared, cu)
     if direction == "forward":
+        engines["ours in Gluon"] = packed(attention_hopper.attention_hopper)
         engines["FlashInfer"] = partial(flashinfer, cu)
     if len(set(lengths)) == 1:
         engines["SDPA flash"] = sdpa(prepared, SDPBackend.FLASH_ATTENTION, longest)
@@ -242,9 +244,11 @@ def attention_configs(direction: str, q: Tensor, cu: Tensor, lengths: list[int])
         return partial(attention.attention_backward, *saved, dq, dkdv)
 
     if direction == "forward":
-        configs = attention.CONFIGS["forward"][family]
-        call = partial(attention.attention, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=0, max_seqlen_k=0)
-        return {str(config): forward(partial(call, config=config)) for config in configs}
+        packed: dict[str, Any] = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 0, "max_seqlen_k": 0}
+        ours, in_gluon = attention.CONFIGS["forward"][family], attention_hopper.CONFIGS
+        engines = {str(c): partial(attention.attention, **packed, config=c) for c in ours}
+        engines |= {f"Gluon {c}": partial(attention_hopper.attention_hopper, **packed, config=c) for c in in_gluon}
+        return {name: forward(function) for name, function in engines.items()}
     dq, dkdv = (attention.CONFIGS[kernel][family] for kernel in ("dq", "dkdv"))
     pairs = [(config, dkdv[0]) for config in dq] + [(dq[0], config) for config in dkdv[1:]]
     return {f"dq {a} dkdv {b}": partial(backward_with, a, b) for a, b in pairs}
@@ -263,16 +267,23 @@ class Rows:
     bytes: dict[str, int]
     configs: tuple
     liger: Callable | None = None
+    backward_configs: tuple = ()
+    backward: Callable | None = None
+    """(one of backward_configs, inputs, gradients of the outputs) to the call that is timed."""
 
 
 def rms_norm_rows(size: Qwen3Config, T: int, b: int) -> Rows:
     def formula(norm, x, w):
         return norm(x, w, EPS)
 
+    def gradients(config, inputs, douts):
+        return partial(rms_norm.rms_norm_backward, *douts, None, *inputs, EPS, config)
+
     H = size.hidden_size
     work = {"forward": 2 * T * H * b, "backward": 3 * T * H * b}
     ours = partial(rms_norm.rms_norm, eps=EPS)
-    return Rows([randn(T, H), randn(H)], ours, formula, work, rms_norm.CONFIGS, liger_norm)
+    inputs, configs = [randn(T, H), randn(H)], rms_norm.BACKWARD_CONFIGS
+    return Rows(inputs, ours, formula, work, rms_norm.CONFIGS, liger_norm, configs, gradients)
 
 
 def add_rms_norm_rows(size: Qwen3Config, T: int, b: int) -> Rows:
@@ -283,9 +294,15 @@ def add_rms_norm_rows(size: Qwen3Config, T: int, b: int) -> Rows:
         s = x + residual
         return norm(s, w, EPS), s
 
+    def gradients(config, inputs, douts):
+        x, w, residual = inputs
+        run = partial(rms_norm.rms_norm_backward, *douts, x + residual, w, EPS, config)
+        return lambda: [(grads := run())[0], grads[1], grads[0]]
+
     H = size.hidden_size
     work = {"forward": 4 * T * H * b, "backward": 4 * T * H * b}
-    return Rows([randn(T, H), randn(H), randn(T, H)], ours, formula, work, rms_norm.CONFIGS)
+    inputs, configs = [randn(T, H), randn(H), randn(T, H)], rms_norm.BACKWARD_CONFIGS
+    return Rows(inputs, ours, formula, work, rms_norm.CONFIGS, None, configs, gradients)
 
 
 def qk_norm_rope_rows(size: Qwen3Config, T: int, b: int) -> Rows:
@@ -298,13 +315,17 @@ def qk_norm_rope_rows(size: Qwen3Config, T: int, b: int) -> Rows:
         q, k = (liger_norm(x, w).transpose(0, 1)[None] for x, w in ((q, wq), (k, wk)))
         return [x[0].transpose(0, 1) for x in LigerRopeFunction.apply(q, k, cos[None], sin[None])]
 
+    def gradients(config, inputs, douts):
+        return partial(qk_norm_rope.qk_norm_rope_backward, *douts, *inputs, EPS, cos, sin, config)
+
     hq, hkv = size.num_attention_heads, size.num_key_value_heads
     angles = torch.rand(T, D // 2, device=DEVICE).mul(6.28).repeat(1, 2)
     cos, sin = (dynamic(x.to(DTYPE)) for x in (angles.cos(), angles.sin()))
     inputs = [randn(T, hq, D), randn(T, hkv, D), randn(D), randn(D)]
     ours = partial(qk_norm_rope.qk_norm_rope, eps=EPS, cos=cos, sin=sin)
     work = {direction: (n * (hq + hkv) + 2) * T * D * b for direction, n in (("forward", 2), ("backward", 3))}
-    return Rows(inputs, ours, formula, work, qk_norm_rope.CONFIGS, liger)
+    configs = qk_norm_rope.BACKWARD_CONFIGS
+    return Rows(inputs, ours, formula, work, qk_norm_rope.CONFIGS, liger, configs, gradients)
 
 
 def swiglu_rows(size: Qwen3Config, T: int, b: int) -> Rows:
@@ -347,7 +368,8 @@ def pooling_rows(kind: str, size: Qwen3Config, T: int, b: int) -> Rows:
         "norm_score": (score, norm_score, N, 4 * N),
     }[kind]
     work = {"forward": read * H * b + written, "backward": written + (read + T) * H * b}
-    return Rows([randn(T, H), randn(H)], ours, formula, work, pooling.CONFIGS)
+    configs = pooling.MEAN_CONFIGS if kind == "norm_pool_mean" else pooling.CONFIGS
+    return Rows([randn(T, H), randn(H)], ours, formula, work, configs)
 
 
 liger_norm = partial(contenders.liger_rms_norm, eps=EPS)
@@ -366,12 +388,13 @@ def rows_cases(kernel: str, size: Qwen3Config, tiny: bool, tune: bool):
         torch.manual_seed(0)
         rows = ROWS[kernel](size, T, DTYPE.itemsize)
         douts, expected = rows_expected(rows, torch.float32 if kernel in POOLING else DTYPE)
-        for direction in ["forward"] if tune else DIRECTIONS:
-            prepared = DIRECTIONS[direction]
+        for direction, prepared in DIRECTIONS.items():
             if tune:
-                engines = {str(config): prepared(partial(rows.ours, config=config)) for config in rows.configs}
+                engines = rows_configs(rows, direction)
             else:
                 engines = {name: prepared(function) for name, function in row_functions(kernel, rows).items()}
+            if not engines:  # a backward without configurations
+                continue
             labels = {"direction": direction, "T": str(T)}
             yield Case(labels, engines, rows.inputs, douts, expected[direction], rows.bytes[direction])
 
@@ -384,6 +407,13 @@ def rows_expected(rows: Rows, dtype: torch.dtype) -> tuple[list[Tensor], dict[st
     douts = [torch.randn_like(out, dtype=dtype) for out in outs]
     gradients = torch.autograd.grad(outs, leaves, [dout.float() for dout in douts])
     return douts, {"forward": [out.detach() for out in outs], "backward": list(gradients)}
+
+
+def rows_configs(rows: Rows, direction: str) -> dict[str, Prepare]:
+    """Ours with each configuration."""
+    if direction == "forward":
+        return {str(config): forward(partial(rows.ours, config=config)) for config in rows.configs}
+    return {str(config): partial(rows.backward, config) for config in rows.backward_configs}
 
 
 def row_functions(kernel: str, rows: Rows) -> dict[str, Callable]:

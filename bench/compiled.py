@@ -3,11 +3,13 @@
     python bench/compiled.py [--target sm_90 ...] [--kernel attention ...] [--defaults] [--json FILE]
 
 What is compiled is what the launchers launch: they run on small CPU tensors with the sizes of the official models, in
-bfloat16, while Triton is told that the target is there; each launch stops after compilation. A spill is bytes of stack
-(NVIDIA) or registers (AMD); "tensor" counts tensor-core instructions (HGMMA, UTCHMMA, HMMA, v_mfma).
+bfloat16 and float32, while Triton is told that the target is there; each launch stops after compilation. A spill is
+bytes of stack (NVIDIA) or registers (AMD); "tensor" counts instructions of tensor cores (HGMMA, UTCHMMA, HMMA, v_mfma),
+of TMA (UTMALDG), and those that trade registers between warps (USETMAXREG).
 """
 
 import argparse
+import itertools
 import json
 import os
 from functools import partial
@@ -21,13 +23,22 @@ from triton.runtime import driver
 from qwen3core.batch import build_cu_seqlens
 from qwen3core.config import OFFICIAL_SIZES
 from qwen3core.kernels import attention, pooling, qk_norm_rope, rms_norm, swiglu
-from qwen3core.kernels.gallery import cascade, fp8_norm, int8_norm, norm_linear, paged, sliding_window, swiglu_linear
+from qwen3core.kernels.gallery import (
+    attention_hopper,
+    cascade,
+    fp8_norm,
+    int8_norm,
+    norm_linear,
+    paged,
+    sliding_window,
+    swiglu_linear,
+)
 from qwen3core.laboratory.compiling import SHARED_MEMORY, TARGETS, Pretender, compiling, configuration, usage
 from qwen3core.writing import writing
 
-KERNELS = ("attention", "rms_norm", "qk_norm_rope", "swiglu", "pooling", "gallery")
-SIZES = ("0.6B", "8B")
-"""The official sizes that kernels are compiled for, the smallest and the largest."""
+KERNELS = ("attention", "attention_hopper", "rms_norm", "qk_norm_rope", "swiglu", "pooling", "gallery")
+MODELS = (("0.6B", torch.bfloat16), ("8B", torch.bfloat16), ("8B", torch.float32))
+"""Official sizes, the smallest and the largest, and dtypes that kernels are compiled for."""
 
 
 def launches(file, configs, *functions):
@@ -37,13 +48,13 @@ def launches(file, configs, *functions):
             yield file, config == configs[0], partial(function, config=config)
 
 
-def cases(target, size):
+def cases(target, size, dtype):
     """(kernel's file, default?, launch) of all that is to be compiled, defaults first."""
     driver.set_active(Pretender(target))
     model = OFFICIAL_SIZES[size]
     hq, hkv, D = model.num_attention_heads, model.num_key_value_heads, model.head_dim
-    q, k = (torch.empty(64, heads, D, dtype=torch.bfloat16) for heads in (hq, hkv))
-    x, gate = (torch.empty(64, n, dtype=torch.bfloat16) for n in (model.hidden_size, model.intermediate_size))
+    q, k = (torch.empty(64, heads, D, dtype=dtype) for heads in (hq, hkv))
+    x, gate = (torch.empty(64, n, dtype=dtype) for n in (model.hidden_size, model.intermediate_size))
     w, head_w, cos, lse = x[0], q[0, 0], q[:, 0].contiguous(), torch.empty(64, hq)
     cu = build_cu_seqlens([32, 32])
     saved, qk = (q, lse, q, k, k, q, lse, cu, cu), (q, k, head_w, head_w, 1e-6, cos, cos)
@@ -54,18 +65,24 @@ def cases(target, size):
     yield from launches("attention", dkdv, lambda config: attention.attention_backward(*saved, True, dq[0], config))
     yield "attention", True, partial(attention.attention, q, k, k, cu, cu, 32, 32, causal=False)
     yield "attention", True, partial(attention.attention_backward, *saved, False, [], [])
+    if target == "sm_90" and dtype == torch.bfloat16:
+        in_gluon = partial(attention_hopper.attention_hopper, q, k, k, cu, cu, 32, 32)
+        yield from launches("attention_hopper", attention_hopper.CONFIGS, in_gluon, partial(in_gluon, causal=False))
     rows, added = partial(rms_norm.rms_norm, x, w, 1e-6), partial(rms_norm.add_rms_norm, x, w, 1e-6, x)
     yield from launches("rms_norm", rms_norm.CONFIGS, rows, added)
-    yield "rms_norm", True, partial(rms_norm.rms_norm_backward, x, None, x, w, 1e-6)
-    yield "rms_norm", True, partial(rms_norm.rms_norm_backward, x, x, x, w, 1e-6)
+    norm_backward = partial(rms_norm.rms_norm_backward, x, x, x, w, 1e-6)
+    yield "rms_norm", True, partial(rms_norm.rms_norm_backward, x, None, x, w, 1e-6, [])
+    yield from launches("rms_norm", rms_norm.BACKWARD_CONFIGS, norm_backward)
     yield from launches("qk_norm_rope", qk_norm_rope.CONFIGS, partial(qk_norm_rope.qk_norm_rope, *qk))
-    yield "qk_norm_rope", True, partial(qk_norm_rope.qk_norm_rope_backward, q, k, *qk)
+    backward = partial(qk_norm_rope.qk_norm_rope_backward, q, k, *qk)
+    yield from launches("qk_norm_rope", qk_norm_rope.BACKWARD_CONFIGS, backward)
     yield from launches("swiglu", swiglu.CONFIGS, partial(swiglu.swiglu, gate, gate))
     yield "swiglu", True, partial(swiglu.swiglu_backward, gate, gate, gate)
     last, mean = (partial(pooling.norm_pool, x, w, 1e-6, cu, 256, True, mean=mean) for mean in (False, True))
     score = partial(pooling.norm_score, x, w, 1e-6, cu, w.float())
-    yield from launches("pooling", pooling.CONFIGS, last, mean, score)
-    if target != "gfx942":  # where attention's tiles spill in paged.py and cascade.py
+    yield from launches("pooling", pooling.CONFIGS, last, score)
+    yield from launches("pooling", pooling.MEAN_CONFIGS, mean)
+    if dtype == torch.bfloat16 and target != "gfx942":  # where attention's tiles spill in paged.py and cascade.py
         yield from gallery_cases(q, k, x, gate, cu, fp8=target != "sm_80")
 
 
@@ -84,20 +101,20 @@ def gallery_cases(q, k, x, gate, cu, fp8):
 
 
 def table(targets=tuple(TARGETS), kernels=KERNELS, defaults=False):
-    """One row for each compiled kernel: the default configurations for both models, the others for the smaller."""
+    """One row for each compiled kernel: default configurations for all of MODELS, others for the first."""
     seen = set()
-    for target in targets:
-        for size in SIZES:
-            for file, default, run in cases(target, size):
-                compiled: list[Any] = []
-                if file in kernels and (default or (not defaults and size == "0.6B")):
-                    with compiling(target, compiled):
-                        run()
-                for kernel in (k for k in compiled if k.hash not in seen):
-                    seen.add(kernel.hash)
-                    row = {"target": target, "model": size, "kernel": kernel.name, "default": default}
-                    row |= {"config": configuration(kernel), **usage(kernel)}
-                    yield row | {"shared": kernel.metadata.shared, "of": SHARED_MEMORY[target]}
+    for target, (size, dtype) in itertools.product(targets, MODELS):
+        every = not defaults and (size, dtype) == MODELS[0]
+        for file, default, run in cases(target, size, dtype):
+            compiled: list[Any] = []
+            if file in kernels and (default or every):
+                with compiling(target, compiled):
+                    run()
+            for kernel in (k for k in compiled if k.hash not in seen):
+                seen.add(kernel.hash)
+                row = {"target": target, "model": size, "dtype": str(dtype), "kernel": kernel.name, "default": default}
+                row |= {"config": configuration(kernel), **usage(kernel)}
+                yield row | {"shared": kernel.metadata.shared, "of": SHARED_MEMORY[target]}
 
 
 def main():

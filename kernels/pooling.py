@@ -26,7 +26,12 @@ from qwen3core.reference import declare, pool
 from .launch import check, check_cu_seqlens, launch
 from .rms_norm import normed, rms_norm, rms_norm_backward
 
-CONFIGS = ((4,), (8,), (2,))  # (warps,); the first is the default
+# (warps, programs that sum a sequence for its mean); the first is the default
+CONFIGS = ((4, 1), (8, 1), (2, 1))
+# Predicted for T = 16k in 54 sequences on 132 multiprocessors: one program each leaves most of them idle, and the
+# longest sequence, 1045 rows, is 261 steps of about 0.7 us: 180 us where bytes take 8. With 8 programs 33 steps and a
+# second launch: 25 us; with 16, 17 steps and 4 to add up: 15 to 20 us. At more than 1000 sequences the first wins.
+MEAN_CONFIGS = (*CONFIGS, (4, 8), (4, 16), (8, 16))
 MEAN_ROWS = 4
 """Rows that the mean reads at a time."""
 
@@ -64,8 +69,13 @@ def _pool(
     if not 1 <= dim <= x.shape[1]:
         raise InputError(f"norm_pool: dim: expected 1 to {x.shape[1]}, found {dim}")
     out, norms = _pool_fake(x, weight, eps, cu_seqlens, dim)
-    launch(norm_pool_kernel, norms.shape, x, x.stride(0), weight, cu_seqlens, out, norms, dim, eps, normalize, mean,
-           x.shape[1], MEAN_ROWS if mean else 1, triton.next_power_of_2(x.shape[1]), num_warps=config[0])  # fmt: skip
+    (N,), H, (warps, parts) = norms.shape, x.shape[1], config if mean else (config[0], 1)
+    sizes = {"H": H, "ROWS": MEAN_ROWS if mean else 1, "BLOCK_H": triton.next_power_of_2(H), "num_warps": warps}
+    sums = norms if parts == 1 else x.new_empty(N, parts, H, dtype=torch.float32)
+    if parts > 1:
+        launch(sum_kernel, (N, parts), x, x.stride(0), weight, cu_seqlens, sums, eps, PARTS=parts, **sizes)
+    launch(norm_pool_kernel, (N,), x, x.stride(0), weight, cu_seqlens, sums, out, norms, dim, eps, NORMALIZE=normalize,
+           MEAN=mean, PARTS=parts, **sizes)  # fmt: skip
     return out, norms
 
 
@@ -100,11 +110,30 @@ def _check(op: str, x: Tensor, weight: Tensor, eps: float, cu_seqlens: Tensor, d
 
 
 @triton.jit
-def norm_pool_kernel(x_ptr, stride, weight_ptr, cu_seqlens_ptr, out_ptr, norms_ptr, dim, eps, NORMALIZE: tl.constexpr,
-                     MEAN: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+def sum_kernel(x_ptr, stride, weight_ptr, cu_seqlens_ptr, sums_ptr, eps, PARTS: tl.constexpr, H: tl.constexpr,
+               ROWS: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
+    """For the mean: sums [N, PARTS, H] float32, each of every PARTS-th group of ROWS rows of a sequence."""
+    n, part, column = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK_H)
+    start = tl.load(cu_seqlens_ptr + n) + part * ROWS
+    end = tl.load(cu_seqlens_ptr + n + 1)
+    total = sum_rows(x_ptr, stride, weight_ptr, start, end, eps, PARTS, H, ROWS, BLOCK_H)
+    tl.store(sums_ptr + (n * PARTS + part) * H + column, total, mask=column < H)
+
+
+@triton.jit
+def norm_pool_kernel(x_ptr, stride, weight_ptr, cu_seqlens_ptr, sums_ptr, out_ptr, norms_ptr, dim, eps,
+                     NORMALIZE: tl.constexpr, MEAN: tl.constexpr, PARTS: tl.constexpr, H: tl.constexpr,
+                     ROWS: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     n = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_H)
-    row = pooled_row(x_ptr, stride, weight_ptr, cu_seqlens_ptr, n, eps, MEAN, H, ROWS, BLOCK_H)
+    if PARTS == 1:
+        row = pooled_row(x_ptr, stride, weight_ptr, cu_seqlens_ptr, n, eps, MEAN, H, ROWS, BLOCK_H)
+    else:
+        row = tl.zeros((BLOCK_H,), tl.float32)
+        for first in tl.range(0, PARTS, ROWS):
+            at = (n * PARTS + first + tl.arange(0, ROWS))[:, None] * H + column[None, :]
+            row += tl.sum(tl.load(sums_ptr + at, mask=(column < H)[None, :], other=0.0), axis=0)
+        row /= tl.load(cu_seqlens_ptr + n + 1) - tl.load(cu_seqlens_ptr + n)
     row = tl.where(column < dim, row, 0.0)
     norm = tl.maximum(tl.sqrt(tl.sum(row * row)), 1e-12) if NORMALIZE else 1.0
     tl.store(out_ptr + n * dim + column, row / norm, mask=column < dim)
@@ -125,16 +154,23 @@ def norm_score_kernel(x_ptr, stride, weight_ptr, cu_seqlens_ptr, direction_ptr, 
 def pooled_row(x_ptr, stride, weight_ptr, cu_seqlens_ptr, n, eps, MEAN: tl.constexpr, H: tl.constexpr,
                ROWS: tl.constexpr, BLOCK_H: tl.constexpr):  # fmt: skip
     """rms_norm of sequence n's last row, or the mean of rms_norm of all its rows; [BLOCK_H] float32, zero beyond H."""
-    column = tl.arange(0, BLOCK_H)
-    weight = tl.load(weight_ptr + column, mask=column < H, other=0.0)
     end = tl.load(cu_seqlens_ptr + n + 1)
     start = tl.load(cu_seqlens_ptr + n) if MEAN else end - 1
+    return sum_rows(x_ptr, stride, weight_ptr, start, end, eps, 1, H, ROWS, BLOCK_H) / (end - start)
+
+
+@triton.jit
+def sum_rows(x_ptr, stride, weight_ptr, start, end, eps, PARTS: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr,
+             BLOCK_H: tl.constexpr):  # fmt: skip
+    """Sum of rms_norm of ROWS rows from ``start`` and of every PARTS-th such group before ``end``; zero beyond H."""
+    column = tl.arange(0, BLOCK_H)
+    weight = tl.load(weight_ptr + column, mask=column < H, other=0.0)
     total = tl.zeros((BLOCK_H,), tl.float32)
-    for first in tl.range(start, end, ROWS):
+    for first in tl.range(start, end, PARTS * ROWS):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         x = tl.load(x_ptr + row * stride + column[None, :], mask=(row < end) & (column < H)[None, :], other=0.0)
         total += tl.sum(normed(x, weight, eps, H)[0], axis=0)
-    return total / (end - start)
+    return total
 
 
 # Backward
@@ -153,7 +189,7 @@ def _pool_autograd(ctx: Any, dout: Tensor, _: Tensor) -> tuple:
     if ctx.mean:
         lengths = cu_seqlens.diff()
         dy = (dy / lengths[:, None]).repeat_interleave(lengths, dim=0, output_size=x.shape[0])
-        dx, dw = rms_norm_backward(dy, None, x, weight, ctx.eps)
+        dx, dw = rms_norm_backward(dy, None, x, weight, ctx.eps, [])
     else:
         dx, dw = _last_rows_backward(dy, x, weight, ctx.eps, cu_seqlens)
     return dx, dw, *[None] * 7
@@ -180,5 +216,5 @@ _score.register_autograd(_score_autograd, setup_context=_score_setup)
 
 def _last_rows_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     last = cu_seqlens[1:].long() - 1
-    rows, dw = rms_norm_backward(dy, None, x[last], weight, eps)
+    rows, dw = rms_norm_backward(dy, None, x[last], weight, eps, [])
     return torch.zeros_like(x).index_copy(0, last, rows), dw

@@ -134,8 +134,10 @@ def rotate(x_ptr, strides, out_ptr, out_strides, weight_ptr, token, cos1, cos2, 
 
 # Backward
 
-PROGRAMS = 512
-"""Programs that the backward is launched with at most; each writes one partial sum of dw."""
+# (programs at most, warps); the first is the default. Each program writes one partial sum of dw, 1 KB.
+# Predicted: its 128 registers allow 4 programs of 4 warps on a multiprocessor, 528 on 132: the sweep gains less than
+# 5 % but for 1056, which may hide the last programs' tail; 8 warps halve a thread's loads and lose.
+BACKWARD_CONFIGS = ((512, 4), (528, 4), (1056, 4), (264, 8))
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -145,7 +147,7 @@ def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 def _autograd(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple:
     *tensors, cos, sin = ctx.saved_tensors
-    return *qk_norm_rope_backward(dq_out, dk_out, *tensors, ctx.eps, cos, sin), None, None, None, None
+    return *qk_norm_rope_backward(dq_out, dk_out, *tensors, ctx.eps, cos, sin, []), None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup)
@@ -154,16 +156,20 @@ _forward.register_autograd(_autograd, setup_context=_setup)
 @torch.library.custom_op("qwen3core::qk_norm_rope_backward", mutates_args=())
 def qk_norm_rope_backward(
     dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos: Tensor,
-    sin: Tensor,
+    sin: Tensor, config: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dq_weight, dk_weight), contiguous, from what ``qk_norm_rope`` got and its outputs' gradients."""
+    """(dq, dk, dq_weight, dk_weight), contiguous, from what ``qk_norm_rope`` got and its outputs' gradients.
+
+    config: one of ``BACKWARD_CONFIGS``; empty is the default.
+    """
     dq, dk, dq_weight, dk_weight = _backward_fake(dq_out, dk_out, q, k, q_weight, k_weight)
     T, _, D = q.shape
-    programs = min(T, PROGRAMS)
+    most, warps = config or BACKWARD_CONFIGS[0]
+    programs = min(T, most)
     partial = q.new_empty(programs, 2, D, dtype=torch.float32)
     launch(qk_norm_rope_backward_kernel, (programs,), dq_out.contiguous(), q, q.stride(), dq, q_weight,
            dk_out.contiguous(), k, k.stride(), dk, k_weight, cos.contiguous(), sin.contiguous(), partial, T, eps=eps,
-           **_sizes(q, k))  # fmt: skip
+           num_warps=warps, **_sizes(q, k))  # fmt: skip
     weights = partial.sum(0)
     return dq, dk, dq_weight.copy_(weights[0]), dk_weight.copy_(weights[1])
 

@@ -118,8 +118,10 @@ def normed(x, weight, eps, H: tl.constexpr):
 
 # Backward
 
-PROGRAMS = 256
-"""Programs that the backward is launched with at most; each writes one partial sum of dw."""
+# (elements of a tile, warps, programs at most); the first is the default. Each program writes one partial sum of dw.
+# Predicted: 256 programs are two of 4 warps on each of 132 multiprocessors, too few loads in flight at T >= 16k; 1024
+# fill the card, +20 to 60 %, and lose at T = 1024, whose 4 MB (8B: 17 MB) of partial sums are as much as x.
+BACKWARD_CONFIGS = ((4096, 4, 256), (4096, 4, 528), (4096, 4, 1056), (4096, 8, 528), (2048, 4, 1056))
 
 
 def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -129,7 +131,7 @@ def _setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _autograd(ctx: Any, dy: Tensor, ds: Tensor) -> tuple:
-    dx, dw = rms_norm_backward(dy, ds if ctx.add else None, *ctx.saved_tensors, ctx.eps)
+    dx, dw = rms_norm_backward(dy, ds if ctx.add else None, *ctx.saved_tensors, ctx.eps, [])
     return dx, dw, None, dx if ctx.add else None, None
 
 
@@ -137,11 +139,17 @@ _forward.register_autograd(_autograd, setup_context=_setup)
 
 
 @torch.library.custom_op("qwen3core::rms_norm_backward", mutates_args=())
-def rms_norm_backward(dy: Tensor, ds: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(dx, dw) for y = rms_norm(x); ds [like x] is added to dx. Gradients that come in may be float32."""
-    dx, dw = _backward_fake(dy, ds, x, weight, eps)
-    sizes = _sizes(x, CONFIGS[0])
-    grid = (min(triton.cdiv(sizes["R"], sizes["ROWS"]), PROGRAMS),)
+def rms_norm_backward(
+    dy: Tensor, ds: Tensor | None, x: Tensor, weight: Tensor, eps: float, config: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """(dx, dw) for y = rms_norm(x); ds [like x] is added to dx. Gradients that come in may be float32.
+
+    config: one of ``BACKWARD_CONFIGS``; empty is the default.
+    """
+    dx, dw = _backward_fake(dy, ds, x, weight, eps, config)
+    *tile, programs = config or BACKWARD_CONFIGS[0]
+    sizes = _sizes(x, tile)
+    grid = (min(triton.cdiv(sizes["R"], sizes["ROWS"]), programs),)
     partial = x.new_empty(*grid, sizes["H"], dtype=torch.float32)
     dy = dy.contiguous()
     launch(rms_norm_backward_kernel, grid, dy, dy if ds is None else ds.contiguous(), x, _strides(x), weight, dx,
@@ -150,7 +158,9 @@ def rms_norm_backward(dy: Tensor, ds: Tensor | None, x: Tensor, weight: Tensor, 
 
 
 @rms_norm_backward.register_fake
-def _backward_fake(dy: Tensor, ds: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _backward_fake(
+    dy: Tensor, ds: Tensor | None, x: Tensor, weight: Tensor, eps: float, config: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), torch.empty_like(weight)
 
 

@@ -18,8 +18,10 @@ from qwen3core import InputError, Ops, capture, edit, load_model, pack, referenc
 from qwen3core.batch import build_cu_seqlens
 from qwen3core.commands import main
 from qwen3core.kernels import launch
+from qwen3core.kernels import qk_norm_rope as qk_norm_rope_file
+from qwen3core.kernels import rms_norm as rms_norm_file
 from qwen3core.kernels.attention import CONFIGS, attention, attention_backward, merge
-from qwen3core.kernels.pooling import norm_pool, norm_score
+from qwen3core.kernels.pooling import MEAN_CONFIGS, norm_pool, norm_score
 from qwen3core.kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_
 from qwen3core.kernels.rms_norm import add_rms_norm, rms_norm
 from qwen3core.kernels.swiglu import swiglu
@@ -212,7 +214,7 @@ def test_every_configuration_of_attention_is_right(kernel, causal, device):
     out, lse = attention(q, k, v, cu, cu, 130, 130, causal=causal, return_lse=True)
     saved = (torch.ones_like(out), torch.zeros_like(lse), q, k, v, out, lse, cu, cu, causal)
     expected = (out,) if kernel == "forward" else attention_backward(*saved, [], [])
-    for config in {c for family, configs in CONFIGS[kernel].items() for c in configs if family != "float32"}:
+    for config in {c for configs in CONFIGS[kernel].values() for c in configs}:
         if kernel == "forward":
             found = (attention(q, k, v, cu, cu, 130, 130, causal=causal, config=config),)
         else:
@@ -221,11 +223,40 @@ def test_every_configuration_of_attention_is_right(kernel, causal, device):
             nearly_equal(a, b)
 
 
+@pytest.mark.parametrize("config", MEAN_CONFIGS, ids=str)
+def test_every_configuration_of_the_mean_is_right(config, device):
+    torch.manual_seed(0)
+    x, w, cu = (
+        torch.randn(170, 100, device=device),
+        torch.randn(100, device=device),
+        cu_seqlens([1, 5, 133, 31], device),
+    )
+    found, expected = (norm_pool(x, w, EPS, cu, 70, True, mean=True, config=c) for c in (config, MEAN_CONFIGS[0]))
+    nearly_equal(found, expected)
+
+
+@pytest.mark.parametrize("config", rms_norm_file.BACKWARD_CONFIGS, ids=str)
+def test_every_configuration_of_rms_norms_backward_is_right(config, device):
+    torch.manual_seed(0)
+    dy, x, w = torch.randn(90, 100, device=device), torch.randn(90, 100, device=device), torch.randn(100, device=device)
+    for a, b in zip(*(rms_norm_file.rms_norm_backward(dy, dy, x, w, EPS, c) for c in (config, [])), strict=True):
+        nearly_equal(a, b)
+
+
+@pytest.mark.parametrize("config", qk_norm_rope_file.BACKWARD_CONFIGS, ids=str)
+def test_every_configuration_of_qk_norm_ropes_backward_is_right(config, device):
+    torch.manual_seed(0)
+    q, k, w, cos = (torch.randn(*s, device=device) for s in ((9, 4, 64), (9, 2, 64), (64,), (9, 64)))
+    runs = (qk_norm_rope_file.qk_norm_rope_backward(q, k, q, k, w, w, EPS, cos, cos, c) for c in (config, []))
+    for a, b in zip(*runs, strict=True):
+        nearly_equal(a, b)
+
+
 @pytest.fixture
 def two_programs(monkeypatch):
     """Few programs for the norms' backward, so that each goes over several tiles."""
-    for module in ("rms_norm", "qk_norm_rope"):
-        monkeypatch.setattr(f"qwen3core.kernels.{module}.PROGRAMS", 2)
+    for module, config in (("rms_norm", (4096, 4, 2)), ("qk_norm_rope", (2, 4))):
+        monkeypatch.setattr(f"qwen3core.kernels.{module}.BACKWARD_CONFIGS", (config,))
 
 
 @pytest.mark.parametrize("shape", [(5,), (1, 64), (150, 100), (7, 3, 128), (65, 2, 16), (0, 40)], ids=str)
