@@ -1,5 +1,6 @@
 """What the kernels compile to, for GPUs that are not here: bench/compiled.py, bounded."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ KERNELS = {
     "swiglu_kernel",
     "swiglu_backward_kernel",
     "norm_pool_kernel",
+    "sum_kernel",
     "norm_score_kernel",
 }
 GALLERY = {
@@ -52,26 +54,45 @@ def test_a_small_kernel_compiles_for_hopper(tmp_path):
     assert [row for row in rows if row["spill"] or row["shared"] > row["of"]] == []
 
 
+@pytest.mark.slow
+def test_attention_for_hopper_is_what_it_claims(tmp_path):
+    """Products by warpgroups, TMA, registers traded between partitions; nothing spilled."""
+    rows = compile_all(tmp_path, ["--target", "sm_90", "--kernel", "attention_hopper"])
+    assert len(rows) == 7
+    for row in rows:
+        assert all(name in row["tensor"] for name in ("HGMMA", "UTMALDG", "USETMAXREG")), row
+        assert row["spill"] == 0, row
+        assert row["shared"] <= row["of"], row
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     """Every kernel for every target: two processors, two processes."""
-    jobs = (["--target", "sm_80", "gfx942"], ["--target", "sm_90", "sm_100"])
+    jobs = (["--target", "sm_80", "sm_89", "gfx942"], ["--target", "sm_90", "sm_100", "sm_120"])
     return compile_all(tmp_path_factory.mktemp("compiled"), *jobs)
+
+
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+DTYPES = ("torch.bfloat16", "torch.float32")
 
 
 @pytest.mark.slow
 def test_every_kernel_compiles_for_every_target(rows):
-    for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
-        expected = KERNELS | (set() if target == "gfx942" else GALLERY)
-        assert {row["kernel"] for row in rows if row["target"] == target and row["default"]} == expected, target
+    for target, dtype in itertools.product(TARGETS, DTYPES):
+        wanted = (target, dtype, True)
+        found = {row["kernel"] for row in rows if (row["target"], row["dtype"], row["default"]) == wanted}
+        only = {"attention_hopper_kernel"} if (target, dtype) == ("sm_90", "torch.bfloat16") else set()
+        only |= GALLERY if dtype == "torch.bfloat16" and target != "gfx942" else set()
+        assert found == KERNELS - {"sum_kernel"} | only, (target, dtype)
+    assert {row["kernel"] for row in rows} >= KERNELS
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["attention_kernel", "dq_kernel", "dkdv_kernel"])
 def test_attention_compiles_with_either_mask(rows, kernel):
-    defaults = {(row["target"], row["config"].split()[0]) for row in rows if row["kernel"] == kernel and row["default"]}
-    assert {mask for _, mask in defaults} == {"CAUSAL=True", "CAUSAL=False"}
-    assert len(defaults) == 2 * len({target for target, _ in defaults}) == 8
+    mine = [row for row in rows if row["kernel"] == kernel and row["default"]]
+    found = {(row["target"], row["dtype"], row["config"].split()[0]) for row in mine}
+    assert found == set(itertools.product(TARGETS, DTYPES, ("CAUSAL=True", "CAUSAL=False")))
 
 
 @pytest.mark.slow
@@ -87,6 +108,7 @@ def test_every_configuration_fits_into_shared_memory(rows):
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["attention_kernel", "dq_kernel", "dkdv_kernel"])
 def test_attention_uses_hoppers_tensor_cores(rows, kernel):
-    found = [row["tensor"] for row in rows if (row["target"], row["kernel"]) == ("sm_90", kernel)]
+    wanted = ("sm_90", kernel, "torch.bfloat16")
+    found = [row["tensor"] for row in rows if (row["target"], row["kernel"], row["dtype"]) == wanted]
     assert len(found) >= 2
     assert all(tensor.endswith(" HGMMA") for tensor in found), found

@@ -8,6 +8,7 @@ usage(compiled[0])                  # registers, spills, tensor-core instruction
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,11 +22,14 @@ from ..kernels import launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+KIB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+SHARED_MEMORY = {target: 1024 * kib for target, kib in KIB.items()}
 """Bytes for one block: CUDA programming guide, technical specifications; CDNA 3 instruction set, LDS."""
 
 
@@ -69,7 +73,7 @@ def number(before: str, text: str) -> int:
 
 
 def usage(kernel: Any) -> dict[str, Any]:
-    """Registers, spill and tensor-core instructions of a compiled kernel."""
+    """Registers, spill and counts of the instructions of tensor cores and TMA, and of register trades, of a kernel."""
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
         counts = {name: number(rf"\.{name}:\s*", text) for name in ("vgpr_count", "vgpr_spill_count")}
@@ -84,8 +88,8 @@ def usage(kernel: Any) -> dict[str, Any]:
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, spill = (number(f"{name}:", text) for name in ("REG", "STACK"))
-    tensor = re.findall(r"\b(HGMMA|UTCHMMA|HMMA)\b", text)
-    return {"registers": registers, "spill": spill, "tensor": f"{len(tensor)} {' '.join(sorted(set(tensor)))}"}
+    counts = Counter(re.findall(r"\b(HGMMA|UTCHMMA|HMMA|UTMALDG|USETMAXREG)\b", text))
+    return {"registers": registers, "spill": spill, "tensor": ", ".join(f"{n} {x}" for x, n in counts.items())}
 
 
 def configuration(kernel: Any) -> str:
