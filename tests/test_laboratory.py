@@ -250,6 +250,7 @@ def test_bad_input_is_refused_by_name(kernel_file, tmp_path, capsys, arguments, 
 
 def test_files_of_the_package_have_their_own_names():
     assert import_file(ROOT / "kernels" / "swiglu.py").__name__ == "qwen3core.kernels.swiglu"
+    assert import_file(ROOT / "kernels" / "gallery" / "paged.py").__name__ == "qwen3core.kernels.gallery.paged"
     assert import_file(ROOT / "qwen3core" / "reference.py") is reference
     (variant,) = load(f"{ROOT}/kernels/swiglu.py:swiglu")
     assert variant.operation is OPERATIONS["swiglu"]
@@ -307,6 +308,23 @@ def test_every_configuration_is_tried_and_ranked(kernel_file, capsys):
     assert "not timed: no GPU" in out
     assert "predicted from datasheets, not measured" in out
     assert out.count("| gfx942 | kernel |") == out.count("| sm_80 | kernel |") == 2
+
+
+@INTERPRETED
+@pytest.mark.slow
+def test_kernels_of_the_gallery_by_the_command(capsys):
+    """Each with an operation of its own, side by side."""
+    names = ("int8_norm", "norm_linear", "sliding_window")
+    sources = [f"{ROOT}/kernels/gallery/{name}.py:{name}" for name in names]
+    assert main(["kernel", *sources, "--json", "--target", "sm_90"]) == 0
+    found = json.loads(capsys.readouterr().out)["trials"]
+    assert [each_trial["op"] for each_trial in found] == [*names]
+    for each_trial in found:
+        assert each_trial["ok"]
+        assert set(each_trial["check"]["runs"]) == {"float32", "float16", "bfloat16"}
+        assert each_trial["check"]["notes"] == []
+        assert each_trial["parity"] == {"error": "not run: no operation of Ops"}
+        assert [row["spill"] for row in each_trial["compiled"]] == [0]
 
 
 @pytest.fixture
