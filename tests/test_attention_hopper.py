@@ -182,6 +182,8 @@ def test_planted_mistakes_show(mistake, tmp_path):
     file = tmp_path / "planted.py"
     file.write_text(source, "utf-8")
     spec = importlib.util.spec_from_file_location("qwen3core.kernels.gallery.planted", file)
+    assert spec
+    assert spec.loader
     planted = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(planted)
     lengths = [40, 130, 90], [300, 130, 900]

@@ -46,7 +46,8 @@ def on_device(arguments, dtype=torch.float32):
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_each_is_its_operation(name, dtype):
-    report = check_op(*entry(name), [dtype])
+    function, operation = entry(name)
+    report = check_op(function, operation, [dtype])
     assert report.ok, report
 
 
@@ -138,10 +139,11 @@ def test_a_window_hides_what_is_before_it():
 @pytest.mark.parametrize("name", NAMES)
 def test_least_work_counts_each_number_once(name):
     """What goes in and what comes out, at a small model's sizes, and the FLOPs of the specification's products."""
-    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64, "intermediate_size": 96}
+    config = OFFICIAL_SIZES["0.6B"]
+    small = replace(config, num_attention_heads=4, num_key_value_heads=2, hidden_size=64, intermediate_size=96)
     function, operation = entry(name)
     torch.manual_seed(0)
-    arguments = on_device(operation.large(replace(OFFICIAL_SIZES["0.6B"], **sizes), 64))
+    arguments = on_device(operation.large(small, 64))
     out = listed(function(*arguments))
     tensors = [x for x in arguments if isinstance(x, torch.Tensor) and x.is_floating_point()]
     moved, flops = operation.work(*arguments)

@@ -168,7 +168,8 @@ class Product:
     """A product on its way: ``result`` is there once it was waited for."""
 
     def __init__(self, a: Any, b: Memory, acc: Tensor, use_acc: bool) -> None:
-        self.operands, self.acc, self.result = (a, b), acc if use_acc else torch.zeros_like(acc), None
+        self.operands, self.acc = (a, b), acc if use_acc else torch.zeros_like(acc)
+        self.result: Tensor | None = None
 
     def finish(self) -> None:
         a, b = ((x.data if isinstance(x, Memory) else x).double() for x in self.operands)
