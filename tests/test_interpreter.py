@@ -147,6 +147,11 @@ def test_twice_is_once():
 SIZE = 4096
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def numbers(seed, dtype=torch.bfloat16):
     """Half of them normal random numbers, half random bits: all exponents, subnormal, infinite, NaN; one tie in 256."""
     generator = torch.Generator().manual_seed(seed)
@@ -291,6 +296,7 @@ def test_casts_are_those_of_torch(dtype):
         wide = torch.randn(SIZE, dtype=torch.float64).mul(100).to(dtype)
         wide[:256] = 1 + torch.arange(256) * 2.0**-8  # ties
         wide[256:260] = torch.tensor([math.inf, -math.inf, math.nan, 0])
+        wide[260:].view(torch.int8)[: wide.itemsize] = torch.tensor([*[-1] * (wide.itemsize - 1), 127])  # a NaN, too
     else:
         narrow = narrow.nan_to_num(0).clamp(*((0, 255) if dtype == torch.uint8 else (-128, 127)))
         info = torch.iinfo(dtype)
@@ -334,10 +340,15 @@ def test_fma_rounds_once():
     x, y, z = (torch.randn(SIZE).bfloat16() for _ in range(3))
     x[:4] = y[:4] = 1 + 2**-4  # the product is half way between two bfloat16 numbers: what is added decides
     z[:4] = torch.tensor([2.0**-60, -(2.0**-60), 2.0**-30, 0])
-    numbers = zip(*(t.tolist() for t in (x, y, z)), strict=True)
-    expected = [rounded(Fraction(a) * Fraction(b) + Fraction(c)) for a, b, c in numbers]
+    triples = zip(*(t.tolist() for t in (x, y, z)), strict=True)
+    expected = [rounded(Fraction(a) * Fraction(b) + Fraction(c)) for a, b, c in triples]
     fma_kernel[(1,)](x, y, z, SIZE)
     assert z.tolist() == expected
+    x, y, z = (numbers(seed) for seed in range(3))
+    exact = x.double() * y.double() + z.double()
+    fma_kernel[(1,)](x, y, z, SIZE)
+    assert torch.equal(z.isnan(), exact.isnan())
+    assert torch.equal(z.isinf(), exact.bfloat16().isinf())
 
 
 @triton.jit
@@ -541,6 +552,9 @@ def product(a_ptr, b_ptr, d_ptr, PRECISION: tl.constexpr, K: tl.constexpr):
     tl.store(d_ptr + row * 16 + column, tl.dot(a, b, d, input_precision=PRECISION))
 
 
+LENGTHS = [(torch.float16, 16), (torch.bfloat16, 16), (torch.float32, 8)]
+
+
 def multiply(a, b, d, precision="ieee"):
     d = d.clone()
     with gpu_arithmetic(0):
@@ -563,7 +577,26 @@ def test_a_tensor_core_cuts_what_is_far_below_the_largest(small, expected, dtype
 
 
 @INTERPRETED
-@pytest.mark.parametrize(("dtype", "length"), [(torch.float16, 16), (torch.bfloat16, 16), (torch.float32, 8)])
+def test_a_tensor_core_cuts_the_accumulator_and_not_what_is_small_beside_zero():
+    a, b = torch.zeros(2, 16, 16).half()
+    a[:, 0] = b[0] = 1
+    assert (multiply(a, b, torch.full((16, 16), -(2.0**-26))) == 1).all()
+    assert (multiply(a * 2.0**-20, b * 2.0**-20, torch.zeros(16, 16)) == 2.0**-40).all()
+
+
+@INTERPRETED
+@pytest.mark.parametrize(("dtype", "length"), LENGTHS)
+def test_a_tensor_core_cuts_after_so_many_products(dtype, length):
+    """1, length - 1 times 2^-25, cut to less than the sum, and one more 2^-25, lost: together they would count."""
+    a, b = torch.full((16, 2 * length), 2.0**-12, dtype=dtype), torch.full((2 * length, 16), 2.0**-13, dtype=dtype)
+    a[:, 0] = b[0] = 1
+    b[length + 1 :] = 0
+    expected = 1 + length // 4 * 2.0**-23 - 2.0**-23
+    assert (multiply(a, b, torch.zeros(16, 16), "tf32") == expected).all()
+
+
+@INTERPRETED
+@pytest.mark.parametrize(("dtype", "length"), LENGTHS)
 def test_tensor_cores_err_within_their_bound(dtype, length):
     """Each instruction along K: length + 1 addends cut at 2^-25 of the largest, and a sum cut at 2^-23 of itself."""
     a, b, d = torch.randn(16, 64), torch.randn(64, 16), torch.randn(16, 16)
@@ -584,6 +617,7 @@ def test_tensor_cores_err_within_their_bound(dtype, length):
 def test_tf32_only_where_it_is_allowed():
     a, b, d = torch.full((16, 16), 1 + 2.0**-11), torch.ones(16, 16), torch.zeros(16, 16)
     assert (multiply(a, b, d, "tf32") == 16).all()
+    assert (multiply(b, a, d, "tf32") == 16).all()
     assert (multiply(a, b, d, "ieee") == 16 + 2.0**-7).all()
     product[(1,)](a, b, d, "tf32", 16)
     assert (d == 16 + 2.0**-7).all()  # the interpreter alone does not round
@@ -603,12 +637,11 @@ def test_float32_products_are_added_in_order():
 
 @INTERPRETED
 def test_the_mode_ends_and_is_not_undone_within():
-    x = torch.randn(SIZE).exp()
-    found = on_gpu("exp2", x, x)
+    a, b, d = torch.randn(16, 64).half(), torch.randn(64, 16).half(), torch.zeros(16, 16)
+    found, within = multiply(a, b, d), d.clone()
     with gpu_arithmetic(0):
         use_exact_arithmetic()
-        within = torch.empty_like(x)
-        function[(1,)](x, x, within, "exp2", SIZE)
+        product[(1,)](a, b, within, "ieee", 64)
+    product[(1,)](a, b, d, "ieee", 64)
     assert torch.equal(within, found)
-    function[(1,)](x, x, within, "exp2", SIZE)
-    assert not torch.equal(within, found)
+    assert not torch.equal(d, found)

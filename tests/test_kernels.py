@@ -40,8 +40,7 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-SEEDS = [0, slow(1), slow(2)]
-MODES = ["exact", *SEEDS] if launch.INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
+MODES = ["exact", 0, slow(1), slow(2)] if launch.INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(params=MODES, ids=lambda mode: mode if isinstance(mode, str) else f"GPU arithmetic, seed {mode}")
@@ -105,18 +104,16 @@ ATTENTION = {
 }
 
 
-def attention_cases():
-    """Every case in groups of every size and every dtype, both masks; slow are most of those that repeat."""
+def attention_cases(quick):
+    """Every case in groups of every size and every dtype, both masks: the quick ones, or those that repeat."""
     for case, group, dtype, causal in itertools.product(ATTENTION, (1, 2, 4, 8), launch.KERNEL_DTYPES, (True, False)):
-        quick = case not in ("odd", "tiny") and (group == 2 or (case == "tile edges" and dtype == torch.float32))
-        quick = quick and (causal or case in ("tile edges", "fewer queries"))
-        if not causal and group > 2 and not quick:  # without a mask, a group is only an index
-            continue
-        marks = [] if quick else [pytest.mark.slow]
-        yield pytest.param(case, group, dtype, causal, marks=marks, id=f"{dtype}-{case}-{group}-{causal}")
+        chosen = case not in ("odd", "tiny") and (group == 2 or (case == "tile edges" and dtype == torch.float32))
+        chosen = chosen and (causal or case in ("tile edges", "fewer queries"))
+        if chosen == quick and (quick or causal or group <= 2):  # without a mask, a group is only an index
+            yield pytest.param(case, group, dtype, causal, id=f"{dtype}-{case}-{group}-{causal}")
 
 
-@pytest.mark.parametrize(("case", "group", "dtype", "causal"), list(attention_cases()))
+@pytest.mark.parametrize(("case", "group", "dtype", "causal"), attention_cases(quick=True))
 def test_attention(case, group, dtype, causal, device):
     torch.manual_seed(0)
     len_q, len_k = ATTENTION[case]
@@ -128,6 +125,13 @@ def test_attention(case, group, dtype, causal, device):
         return lambda q, k, v: op(q, k, v, *rest, causal=causal)
 
     judge(run(attention, device), run(reference.attention, "cpu"), tensors, dtype, device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", MODES[:1], indirect=True)
+@pytest.mark.parametrize(("case", "group", "dtype", "causal"), attention_cases(quick=False))
+def test_attention_in_more_cases(case, group, dtype, causal, device):
+    test_attention(case, group, dtype, causal, device)
 
 
 def specification_with_lse(causal, len_q, len_k):
@@ -559,7 +563,7 @@ def test_registration(name, device):
     torch.library.opcheck(getattr(torch.ops.qwen3core, name.strip()).default, tuple(args))
 
 
-@pytest.mark.parametrize("counts", [(6, 1, 9), slow((17, 1, 70))], ids=str)
+@pytest.mark.parametrize("counts", [(6, 1, 9)], ids=str)
 @pytest.mark.parametrize("kind", ["embedding", slow("reranker")])
 @pytest.mark.parametrize("dtype", ["float32", slow("bfloat16")])
 def test_whole_model(dtype, kind, counts, device, request):
@@ -570,9 +574,10 @@ def test_whole_model(dtype, kind, counts, device, request):
         model = load_model(directory, dtype=dtype, ops=ops, device=device, lm_head=kind == "reranker")
         batch = pack([[*range(200 * n + 3, 200 * n + 3 + count)] for n, count in enumerate(counts)], device=device)
         yes_no = (model.lm_head or model.embed_tokens).weight[[3, 4]]
-        out = model.embed(batch, dim=40) if kind == "embedding" else model.scores(batch, yes_no[:1] - yes_no[1:])
+        direction = reference.yes_minus_no(yes_no, torch.promote_types(yes_no.dtype, torch.float32))[None]
+        out = model.embed(batch, dim=40) if kind == "embedding" else model.scores(batch, direction)
         with capture(model, "layers.*.resid_mid", "final_norm") as acts, torch.no_grad():
-            hooked = model.embed(batch, dim=40) if kind == "embedding" else model.scores(batch, yes_no[:1] - yes_no[1:])
+            hooked = model.embed(batch, dim=40) if kind == "embedding" else model.scores(batch, direction)
         (out * torch.linspace(-1, 1, out.numel()).view_as(out).to(out)).sum().backward()
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         found = [out, hooked, acts["final_norm"], acts["layers.3.resid_mid"], *grads]
@@ -581,6 +586,13 @@ def test_whole_model(dtype, kind, counts, device, request):
     exact, plain = (run("reference", precision, "cpu") for precision in ("float64", dtype))
     for result in zip(run("triton", dtype, device), plain, exact, strict=True):
         obeys(*([x] for x in result))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", MODES[:1], indirect=True)
+@pytest.mark.parametrize("kind", ["embedding", "reranker"])
+def test_whole_model_with_more_tokens(kind, device, request):
+    test_whole_model("float32", kind, (17, 1, 70), device, request)
 
 
 @pytest.mark.parametrize("kind", ["embedding", slow("reranker")])

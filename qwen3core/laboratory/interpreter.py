@@ -50,7 +50,7 @@ COMPUTE = {"fadd", "fsub", "fmul", "fneg", "minimumf", "minnumf", "maximumf", "m
 """Operations of floats that Triton lets bfloat16 into, by the builder's names after "create_"; division and functions
 are float32 by its rules."""
 
-CASTS = {"fp_ext", "fp_trunc", "si_to_fp", "ui_to_fp", "fp_to_si", "fp_to_ui"}
+CASTS = {"fp_ext", "fp_trunc", "si_to_fp", "ui_to_fp"}  # to whole numbers Triton casts by way of float32
 
 PAD = {"make_tensor_descriptor", "tensor_pointer_load"}
 """Where loads beyond a tensor's end may be asked to give NaN, which the interpreter makes a 0 of bfloat16."""
@@ -180,7 +180,7 @@ def fma(original: Callable) -> Callable:
 def fp_to_fp(original: Callable) -> Callable:
     """Between float16 and bfloat16; float32 to e4m3, for which the interpreter rounds halves up and drops carries.
 
-    Other 8-bit formats and roundings are refused where the other is bfloat16.
+    Other 8-bit formats, and roundings but to nearest, are refused with bfloat16.
     """
 
     def operation(self: Any, src: TensorHandle, dst_type: Any, rounding_mode: Any) -> TensorHandle:
@@ -190,7 +190,7 @@ def fp_to_fp(original: Callable) -> Callable:
             return TensorHandle(to_e4m3(src.data), tl.float8e4nv)
         if tl.bfloat16 not in types:
             return original(self, src, dst_type, rounding_mode)
-        if types != {tl.bfloat16, tl.float16} or not to_nearest:
+        if types != {tl.bfloat16, tl.float16}:
             raise unsupported(f"cast of {src.dtype.scalar} to {dst_type.scalar}, {rounding_mode}")
         return self.create_fp_trunc(self.create_fp_ext(src, tl.float32), dst_type)
 
@@ -286,7 +286,6 @@ def gpu_arithmetic(seed: int) -> Iterator[None]:
 
 
 def approximate(name: str, seed: int, original: Callable) -> Callable:
-    @wraps(original)
     def operation(self: Any, *operands: TensorHandle) -> TensorHandle:
         if any(x.data.dtype != numpy.float32 for x in operands):
             return original(self, *operands)
@@ -296,7 +295,7 @@ def approximate(name: str, seed: int, original: Callable) -> Callable:
 
 
 def modelled_dot(original: Callable) -> Callable:
-    @wraps(original)
+    @wraps(original)  # so that use_exact_arithmetic leaves it alone
     def operation(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> TensorHandle:
         dtype, x, y, z = a.dtype.scalar, widen(a).data, widen(b).data, d.data
         if dtype.is_int():
