@@ -1,10 +1,14 @@
-"""Planted mistakes in kernels: each must fail a test of test_kernels.py in bfloat16, without a GPU."""
+"""Planted mistakes in kernels: each must fail a test of kernels in bfloat16, without a GPU."""
 
 import inspect
+import tempfile
+from pathlib import Path
 
 import pytest
 import test_kernels
+import test_overflow
 import torch
+from triton.runtime.errors import InterpreterError
 
 from qwen3core.kernels import attention, launch, qk_norm_rope, rms_norm, swiglu
 
@@ -25,6 +29,15 @@ def norm():
 
 def attend():
     test_kernels.test_attention("small", 2, torch.bfloat16, True, CPU)
+
+
+def offsets():
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(test_overflow, "DTYPE", torch.bfloat16)
+        try:
+            test_overflow.test_offsets_are_64_bits_wide("rms_norm", Path(folder), patch)
+        except InterpreterError as error:  # an address is checked within the kernel
+            raise AssertionError("a wrong address") from error
 
 
 MISTAKES = {
@@ -55,6 +68,7 @@ MISTAKES = {
         "tl.load(x_ptr + offsets)",
         norm,
     ),
+    "offset of 32 bits": (rms_norm.tile_of, ".to(tl.int64)[:, None]", "[:, None]", offsets),
 }
 
 

@@ -113,7 +113,7 @@ def attention_cases(quick):
             yield pytest.param(case, group, dtype, causal, id=f"{dtype}-{case}-{group}-{causal}")
 
 
-@pytest.mark.parametrize(("case", "group", "dtype", "causal"), attention_cases(quick=True))
+@pytest.mark.parametrize(("case", "group", "dtype", "causal"), list(attention_cases(quick=True)))
 def test_attention(case, group, dtype, causal, device):
     torch.manual_seed(0)
     len_q, len_k = ATTENTION[case]
@@ -129,7 +129,7 @@ def test_attention(case, group, dtype, causal, device):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", MODES[:1], indirect=True)
-@pytest.mark.parametrize(("case", "group", "dtype", "causal"), attention_cases(quick=False))
+@pytest.mark.parametrize(("case", "group", "dtype", "causal"), list(attention_cases(quick=False)))
 def test_attention_in_more_cases(case, group, dtype, causal, device):
     test_attention(case, group, dtype, causal, device)
 

@@ -185,8 +185,8 @@ def fp_to_fp(original: Callable) -> Callable:
 
     def operation(self: Any, src: TensorHandle, dst_type: Any, rounding_mode: Any) -> TensorHandle:
         types = {src.dtype.scalar, dst_type.scalar}
-        to_nearest = rounding_mode == ir.ROUNDING_MODE.RTNE
-        if (src.dtype.scalar, dst_type.scalar) == (tl.float32, tl.float8e4nv) and to_nearest:
+        found = src.dtype.scalar, dst_type.scalar, rounding_mode
+        if found == (tl.float32, tl.float8e4nv, ir.ROUNDING_MODE.RTNE):
             return TensorHandle(to_e4m3(src.data), tl.float8e4nv)
         if tl.bfloat16 not in types:
             return original(self, src, dst_type, rounding_mode)
