@@ -14,7 +14,7 @@ TRITON_INTERPRET=1, not of speed.
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -267,9 +267,8 @@ class Rows:
     bytes: dict[str, int]
     configs: tuple
     liger: Callable | None = None
-    backward_configs: tuple = ()
-    backward: Callable | None = None
-    """(one of backward_configs, inputs, gradients of the outputs) to the call that is timed."""
+    backward: dict[str, Prepare] = field(default_factory=dict)
+    """Ours backward by configuration, where it has several."""
 
 
 def rms_norm_rows(size: Qwen3Config, T: int, b: int) -> Rows:
@@ -282,8 +281,8 @@ def rms_norm_rows(size: Qwen3Config, T: int, b: int) -> Rows:
     H = size.hidden_size
     work = {"forward": 2 * T * H * b, "backward": 3 * T * H * b}
     ours = partial(rms_norm.rms_norm, eps=EPS)
-    inputs, configs = [randn(T, H), randn(H)], rms_norm.BACKWARD_CONFIGS
-    return Rows(inputs, ours, formula, work, rms_norm.CONFIGS, liger_norm, configs, gradients)
+    backward = {str(config): partial(gradients, config) for config in rms_norm.BACKWARD_CONFIGS}
+    return Rows([randn(T, H), randn(H)], ours, formula, work, rms_norm.CONFIGS, liger_norm, backward)
 
 
 def add_rms_norm_rows(size: Qwen3Config, T: int, b: int) -> Rows:
@@ -301,8 +300,8 @@ def add_rms_norm_rows(size: Qwen3Config, T: int, b: int) -> Rows:
 
     H = size.hidden_size
     work = {"forward": 4 * T * H * b, "backward": 4 * T * H * b}
-    inputs, configs = [randn(T, H), randn(H), randn(T, H)], rms_norm.BACKWARD_CONFIGS
-    return Rows(inputs, ours, formula, work, rms_norm.CONFIGS, None, configs, gradients)
+    backward = {str(config): partial(gradients, config) for config in rms_norm.BACKWARD_CONFIGS}
+    return Rows([randn(T, H), randn(H), randn(T, H)], ours, formula, work, rms_norm.CONFIGS, None, backward)
 
 
 def qk_norm_rope_rows(size: Qwen3Config, T: int, b: int) -> Rows:
@@ -324,8 +323,8 @@ def qk_norm_rope_rows(size: Qwen3Config, T: int, b: int) -> Rows:
     inputs = [randn(T, hq, D), randn(T, hkv, D), randn(D), randn(D)]
     ours = partial(qk_norm_rope.qk_norm_rope, eps=EPS, cos=cos, sin=sin)
     work = {direction: (n * (hq + hkv) + 2) * T * D * b for direction, n in (("forward", 2), ("backward", 3))}
-    configs = qk_norm_rope.BACKWARD_CONFIGS
-    return Rows(inputs, ours, formula, work, qk_norm_rope.CONFIGS, liger, configs, gradients)
+    backward = {str(config): partial(gradients, config) for config in qk_norm_rope.BACKWARD_CONFIGS}
+    return Rows(inputs, ours, formula, work, qk_norm_rope.CONFIGS, liger, backward)
 
 
 def swiglu_rows(size: Qwen3Config, T: int, b: int) -> Rows:
@@ -413,7 +412,7 @@ def rows_configs(rows: Rows, direction: str) -> dict[str, Prepare]:
     """Ours with each configuration."""
     if direction == "forward":
         return {str(config): forward(partial(rows.ours, config=config)) for config in rows.configs}
-    return {str(config): partial(rows.backward, config) for config in rows.backward_configs}
+    return rows.backward
 
 
 def row_functions(kernel: str, rows: Rows) -> dict[str, Callable]:
