@@ -8,11 +8,11 @@ import torch
 
 from qwen3core import Ops
 from qwen3core.kernels import confirm, launch
-from qwen3core.laboratory.interpreter import use_exact_dot
+from qwen3core.laboratory.interpreter import use_exact_arithmetic
 from qwen3core.reference import allows, declare
 
 if launch.INTERPRETED:
-    use_exact_dot()
+    use_exact_arithmetic()
 
 DEVICE = torch.device("cpu" if launch.INTERPRETED else "cuda")
 
@@ -22,12 +22,6 @@ def wrong(ops, name, change):
     kernel = getattr(ops, name)
     found = declare(**vars(allows(kernel)))(lambda *args, **options: change(kernel(*args, **options)))
     return dataclasses.replace(ops, **{name: found})
-
-
-@pytest.fixture(autouse=True)
-def precision(monkeypatch):
-    if launch.INTERPRETED:  # which is wrong in bfloat16
-        monkeypatch.setattr(confirm, "DTYPE", torch.float16)
 
 
 @pytest.fixture
