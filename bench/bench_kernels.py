@@ -465,8 +465,6 @@ def main() -> None:
         parser.error("expected a GPU; without one --tiny, with TRITON_INTERPRET=1 in the environment")
     sizes = {"tiny": TINY} if args.tiny else {model: OFFICIAL_SIZES[model] for model in args.model}
     folder = args.out or (None if args.tiny else harness.RESULTS)
-    if args.tiny:
-        harness.FLUSH = 1
     torch._functorch.config.donated_buffer = False  # a compiled graph's backward is run many times
     environment, ceilings = harness.environment(DEVICE), vars(profiling.ceilings(DEVICE, DTYPE))
     print(environment, ceilings)

@@ -74,7 +74,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> Setup:
         if not path.exists():
             synthesize(path, path.name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    few = {"cpu": 1 / 8, "cuda": 1 / 128}[device]
+    few = {"cpu": 1 / 8, "cuda": 1 / 256}[device]
     scale, repeats, length = (few, 2, 256) if args.quick else (args.scale, args.repeats, args.length)
     pythons = {engine.lower(): path for engine, _, path in (pair.partition("=") for pair in args.python)}
     return Setup(embedding, reranker, args.dtype, device, repeats, scale, length, pythons, args.engine)

@@ -29,7 +29,7 @@ AGREE = {"float32": (1e-4, 1e-3), "bfloat16": (2e-3, 6e-2), "int8": (1e-2, 1e-1)
 differ by up to 6e-2, which is 2e-3 of cosine. Int8, ours and llama.cpp's: twice what 8 bits gave. A wrong pooling, mask
 or template is beyond all of them."""
 WARM_UP = 10
-"""Calls before any is timed: what an engine does at its first ones is seen in ``startup``."""
+"""Calls before any is timed, or two for each repeat: what an engine does at its first ones is seen in ``startup``."""
 BATCHED = ("sentence-transformers", "OpenVINO")
 """Engines whose best batch size is looked for."""
 BATCH_SIZES = {"cpu": (1, 2, 4, 8), "cuda": (16, 64, 256)}
@@ -97,7 +97,8 @@ class Setup:
                     continue
                 try:
                     self.workers[name] = self.open(job, name)
-                    self.workers[name].call([[QUERY, ["gravity"]] if job == "rerank" else [["gravity"]]] * WARM_UP)
+                    call = [QUERY, ["gravity"]] if job == "rerank" else [["gravity"]]
+                    self.workers[name].call([call] * min(WARM_UP, 2 * self.repeats))
                 except Failed as error:
                     print(f"{name}: {error}", flush=True)
         return self.workers
