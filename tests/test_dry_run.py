@@ -153,6 +153,27 @@ KERNELS = {
 }
 
 
+def test_launches_compile_as_they_were_made(tmp_path):
+    """With the sizes of 0.6B, in bfloat16, forward and backward: no spills, and shared memory that is there."""
+    code = """
+import dataclasses
+from qwen3core.config import OFFICIAL_SIZES
+config = dataclasses.replace(OFFICIAL_SIZES["0.6B"], vocab_size=50, num_hidden_layers=2)
+model, batch = Qwen3Model(config, "triton").to("cuda", torch.bfloat16), pack([[1, 2, 3], [4]], device="cuda")
+(model.embed(batch).sum() + model.scores(batch, model.score_weight([3, 4]).detach()).sum()).backward()
+"""
+    pretended("--launches", tmp_path, "-c", START + code)
+    command = [sys.executable, "-m", "qwen3core.laboratory.launches", tmp_path, "--target", "sm_90"]
+    own = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=own)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {line.split()[1] for line in done.stdout.splitlines()} == KERNELS
+
+
+LONG = [f"{dtype}-{case}" for dtype in ("float32", "float16", "bfloat16") for case in ("tile", "fewer")]
+"""Cases of test_attention that take minutes, by how they begin; its others run."""
+
+
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory):
     """The folder of what the suite for GPUs wrote, and what it said: all three stages, in minute sizes."""
@@ -164,6 +185,7 @@ def suite(tmp_path_factory):
         SIZE="tiny",
         OUT=str(folder / "results"),
         CHECKPOINTS=str(folder),
+        PYTEST_ADDOPTS=" ".join(f"--deselect tests/test_kernels.py::test_attention[torch.{case}" for case in LONG),
     )
     return folder, said
 

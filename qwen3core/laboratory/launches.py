@@ -24,7 +24,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from .compiling import SHARED_MEMORY, TARGETS, Pretender, configuration, usage
-from .interpreter import use_exact_dot
+from .interpreter import use_exact_arithmetic
 
 KEYS: dict[str, list[str]] = {}
 """What each kernel was specialised for, by its name: as many compilations as it would take."""
@@ -35,7 +35,7 @@ def interpret(target: str, folder: Path | None, inner: Callable[[Any], Any] = la
 
     inner: what a launch is given to what the interpreter is given.
     """
-    use_exact_dot()
+    use_exact_arithmetic()
     driver.set_active(Pretender(target))
     specialise, interpreted = JITFunction.run, cache(InterpretedFunction)
 

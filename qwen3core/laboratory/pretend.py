@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from .. import profiling
+from . import timing
 
 USAGE = "python -m qwen3core.laboratory.pretend [--target sm_90] [--launches FOLDER] PROGRAM [ARGUMENT ...]"
 GPU = torch.device("cuda", 0)
@@ -83,6 +84,9 @@ class OnGPU(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.is_inference_mode_enabled():  # where views of tensors made outside would need a version
+            with torch.inference_mode(False), torch.no_grad():
+                return run(func, args, kwargs or {})
         return run(func, args, kwargs or {})
 
 
@@ -255,7 +259,7 @@ def pretending(target: str, launches: Path | None = None) -> Iterator[None]:
     for name, value in stand_ins(9, 0).items():
         setattr(torch.cuda, name, value)
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # or Module.to would change their data alone
-    profiling.LARGE["cuda"] = profiling.LARGE["cpu"]
+    profiling.LARGE["cuda"], timing.FLUSH = profiling.LARGE["cpu"], 1  # what only a GPU does quickly
     torch.compile = lambda model=None, **options: model if model else (lambda f: f)  # type: ignore[assignment]
     recording.interpret(target, launches, inner=lambda x: tree_map_only(OnGPU, lambda y: y.inner, x))
     with MODE:
@@ -277,10 +281,14 @@ def main() -> None:
     start = 1
     while sys.argv[start : start + 1] and sys.argv[start] in ("--target", "--launches"):
         start += 2  # the program has options of its own
-    options, program = sys.argv[1:start], sys.argv[start:]
+    own, program = sys.argv[1:start], sys.argv[start:]
     if not program or program[0] in ("-h", "--help"):
         parser.parse_args(["--help"])
-    args = parser.parse_args(options)
+    args = parser.parse_args(own)
+    options = ["--target", args.target]
+    if args.launches:
+        args.launches = args.launches.absolute()  # programs change folders
+        options += ["--launches", str(args.launches)]
     os.environ.pop("TRITON_INTERPRET", None)  # launches are interpreted, kernels are not
     with tempfile.TemporaryDirectory() as folder:
         executable = python(Path(folder), options)
