@@ -84,25 +84,12 @@ def _cases(device: torch.device) -> dict[str, tuple[Callable, tuple]]:
     cos, sin = (angles(randn(Tk, D).detach()) for angles in (torch.cos, torch.sin))
     direction = (randn(hidden).detach().float() / hidden**0.5).requires_grad_()
 
-    def add_rms_norm(x, weight, eps, residual):
-        return reference.rms_norm(x + residual, weight, eps), x + residual
-
-    def qk_norm_rope(q, k, q_weight, k_weight, eps, cos, sin):
-        pairs = ((q, q_weight), (k, k_weight))
-        return tuple(reference.rope(reference.rms_norm(x, weight, eps), cos, sin) for x, weight in pairs)
-
-    def norm_pool(x, weight, eps, *rest):
-        return reference.pool(reference.rms_norm(x, weight, eps), *rest)
-
-    def norm_score(x, weight, eps, cu_seqlens, direction):
-        return torch.sigmoid(norm_pool(x, weight, eps, cu_seqlens, hidden, False) @ direction)
-
     return {
         "rms_norm": (reference.rms_norm, (x, weight, EPS)),
         "attention": (reference.attention, (q[:Tq], k, v, cu_q, cu_k, max(LENGTHS[0]), max(LENGTHS[1]))),
         "swiglu": (reference.swiglu, (gate, up)),
-        "add_rms_norm": (add_rms_norm, (x, weight, EPS, residual)),
-        "qk_norm_rope": (qk_norm_rope, (q, k, q_weight, k_weight, EPS, cos, sin)),
-        "norm_pool": (norm_pool, (x, weight, EPS, cu_k, hidden // 2, True)),
-        "norm_score": (norm_score, (x, weight, EPS, cu_k, direction)),
+        "add_rms_norm": (reference.add_rms_norm, (x, weight, EPS, residual)),
+        "qk_norm_rope": (reference.qk_norm_rope, (q, k, q_weight, k_weight, EPS, cos, sin)),
+        "norm_pool": (reference.norm_pool, (x, weight, EPS, cu_k, hidden // 2, True)),
+        "norm_score": (reference.norm_score, (x, weight, EPS, cu_k, direction)),
     }

@@ -213,3 +213,30 @@ def yes_minus_no(yes_no: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The direction of P(yes) in the space of last hidden states: w_yes - w_no [H], from rows [2, H] of the lm_head."""
     yes, no = yes_no.to(dtype)
     return yes - no
+
+
+# What fused operations stand for, by the operations above
+
+
+def add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual), the sum rounded before the norm."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def qk_norm_rope(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """q [T, Hq, D] and k [T, Hkv, D], each normalised by head, then rotated."""
+    return rope(rms_norm(q, q_weight, eps), cos, sin), rope(rms_norm(k, k_weight, eps), cos, sin)
+
+
+def norm_pool(x: Tensor, weight: Tensor, eps: float, cu_seqlens: Tensor, dim: int, normalize: bool) -> Tensor:
+    """pool(rms_norm(x)), [N, dim] float32."""
+    return pool(rms_norm(x, weight, eps), cu_seqlens, dim, normalize)
+
+
+def norm_score(x: Tensor, weight: Tensor, eps: float, cu_seqlens: Tensor, direction: Tensor) -> Tensor:
+    """P(yes) [N] from pool(rms_norm(x)) and w_yes - w_no [H] float32."""
+    pooled = norm_pool(x, weight, eps, cu_seqlens, x.shape[1], False)
+    return torch.sigmoid(pooled @ direction.to(pooled.dtype))

@@ -115,28 +115,6 @@ def norm_score_arguments(lengths: Sequence[int], H: int) -> tuple:
     return leaf(sum(lengths), H), leaf(H), EPS, build_cu_seqlens(lengths), torch.randn(H) / H**0.5
 
 
-def add_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> tuple[Tensor, Tensor]:
-    total = x + residual
-    return reference.rms_norm(total, weight, eps), total
-
-
-def qk_norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, ...]:
-    return tuple(
-        reference.rope(reference.rms_norm(x, weight, eps), cos, sin) for x, weight in ((q, q_weight), (k, k_weight))
-    )
-
-
-def norm_pool(x: Tensor, weight: Tensor, eps: float, cu_seqlens: Tensor, dim: int, normalize: bool) -> Tensor:
-    return reference.pool(reference.rms_norm(x, weight, eps), cu_seqlens, dim, normalize)
-
-
-def norm_score(x: Tensor, weight: Tensor, eps: float, cu_seqlens: Tensor, direction: Tensor) -> Tensor:
-    pooled = norm_pool(x, weight, eps, cu_seqlens, x.shape[1], False)
-    return torch.sigmoid(pooled @ direction.to(pooled.dtype))
-
-
 def pool_work(x: Tensor, cu_seqlens: Tensor, dim: int, normalize: bool) -> tuple[int, int]:
     """Read: one row of each sequence; written: float32."""
     N = len(cu_seqlens) - 1
@@ -176,7 +154,7 @@ OPERATIONS = {
         agreement=0.99,
     ),
     "add_rms_norm": Operation(
-        add_rms_norm,
+        reference.add_rms_norm,
         each(added_arguments, ROWS),
         lambda size, T: added_arguments(T, size.hidden_size),
         lambda x, w, eps, residual: (4 * x.nbytes + w.nbytes, 5 * x.numel()),
@@ -189,7 +167,7 @@ OPERATIONS = {
         lambda x, cos, sin: (2 * x.nbytes + cos.nbytes + sin.nbytes, 3 * x.numel()),
     ),
     "qk_norm_rope": Operation(
-        qk_norm_rope,
+        reference.qk_norm_rope,
         each(qk_arguments, {"one token": (1, 4, 2, 64), "odd": (9, 6, 3, 128), "one head": (17, 1, 1, 64)}),
         lambda size, T: qk_arguments(T, size.num_attention_heads, size.num_key_value_heads, size.head_dim),
         lambda q, k, a, b, eps, *both: (
@@ -231,13 +209,13 @@ OPERATIONS = {
         pool_work,
     ),
     "norm_pool": Operation(
-        norm_pool,
+        reference.norm_pool,
         each(norm_pool_arguments, POOLED),
         lambda size, T: (*norm_arguments(T, size.hidden_size), sequences(T), size.hidden_size, True),
         norm_pool_work,
     ),
     "norm_score": Operation(
-        norm_score,
+        reference.norm_score,
         each(norm_score_arguments, {"odd": (SEQUENCES * 4, 100), "even": (SEQUENCES * 4, 128)}),
         lambda size, T: norm_score_arguments(sequences(T).diff().tolist(), size.hidden_size),
         lambda x, w, eps, cu, d: (
