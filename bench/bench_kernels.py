@@ -13,7 +13,7 @@ TRITON_INTERPRET=1, not of speed.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -56,7 +56,7 @@ class Case:
     """One row of the table for each engine; ``work`` is FLOPs or bytes."""
 
     labels: dict[str, str]
-    engines: dict[str, Prepare]
+    engines: Mapping[str, Prepare]
     inputs: list[Tensor]
     douts: list[Tensor]
     expected: list[Tensor]
@@ -267,7 +267,7 @@ class Rows:
     bytes: dict[str, int]
     configs: tuple
     liger: Callable | None = None
-    backward: dict[str, Prepare] = field(default_factory=dict)
+    backward: Mapping[str, Prepare] = field(default_factory=dict)
     """Ours backward by configuration, where it has several."""
 
 
@@ -408,7 +408,7 @@ def rows_expected(rows: Rows, dtype: torch.dtype) -> tuple[list[Tensor], dict[st
     return douts, {"forward": [out.detach() for out in outs], "backward": list(gradients)}
 
 
-def rows_configs(rows: Rows, direction: str) -> dict[str, Prepare]:
+def rows_configs(rows: Rows, direction: str) -> Mapping[str, Prepare]:
     """Ours with each configuration."""
     if direction == "forward":
         return {str(config): forward(partial(rows.ours, config=config)) for config in rows.configs}

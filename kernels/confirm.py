@@ -38,7 +38,8 @@ def confirm(ops: Ops, device: torch.device) -> Ops:
                     f"ops 'auto': {name}: expected a kernel that agrees with torch on {device} within {TOLERANCE:g}, "
                     f"found {found}: torch's is used (ops='triton' takes all kernels unchecked)"
                 )
-                ops = replace(ops, **{name: getattr(Ops.torch(), name) if name in OPERATIONS else None})
+                replacement: Any = getattr(Ops.torch(), name) if name in OPERATIONS else None
+                ops = replace(ops, **{name: replacement})
     return replace(ops, checked=str(device))
 
 

@@ -184,7 +184,12 @@ def test_unknown_ops_set():
 
 def test_auto_is_confirmed_triton_on_a_gpu_and_torch_elsewhere(monkeypatch):
     asked = []
-    monkeypatch.setattr("qwen3core.kernels.confirm.confirm", lambda ops, device: asked.append(device) or ops)
+
+    def confirm(ops, device):
+        asked.append(device)
+        return ops
+
+    monkeypatch.setattr("qwen3core.kernels.confirm.confirm", confirm)
     _confirmed.cache_clear()
     for _ in range(2):
         assert resolve("auto", torch.device("cuda")) == Ops.triton()

@@ -102,7 +102,7 @@ def results(case: Case, T: int, tensors: list[torch.Tensor], other: list[torch.T
 
 def check_addresses(patch):
     """Every address that is read or written must lie in a tensor that the kernel was launched with."""
-    ranges = []
+    ranges: list[Any] = []
     executor, builder = interpreter.GridExecutor, interpreter.InterpreterBuilder
     arguments, load, store = executor._init_args_hst, builder.create_masked_load, builder.create_masked_store
 
