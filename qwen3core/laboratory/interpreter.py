@@ -254,6 +254,8 @@ def use_exact_arithmetic() -> None:
         name = method.removeprefix("create_")
         if name != method and name not in MOVE:
             replace(InterpreterBuilder, method, REPLACED.get(name, partial(refuse, name)))
+    if not hasattr(InterpreterBuilder, "get_bf16"):  # of constants beside bfloat16, in triton 3.4 to 3.6
+        InterpreterBuilder.get_bf16 = lambda self, value: self.create_fp_trunc(self.get_fp32(value), tl.bfloat16)
     replace(ReduceOps, "apply_impl", reduce)
     replace(ScanOps, "cumsum", scan)
     replace(ScanOps, "cumprod", scan)
