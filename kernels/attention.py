@@ -138,7 +138,8 @@ def launch_tiles(
 
 # (BLOCK_M, BLOCK_N, warps, stages). The first of a list is the default, so small that it does not spill and fits into
 # the shared memory of every card of its family: "hopper" has 227 KB, "cuda" 99 KB or more, "hip" 64 KB; "float32" is
-# for all of them. What is predicted of the others stands in bench/README.md; bench_kernels.py --tune tries them.
+# for all of them (there dq spills, 24 bytes at most). What is predicted of the others stands in bench/README.md;
+# bench_kernels.py --tune tries them.
 CONFIGS = {
     "forward": {
         "hopper": ((128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3)),
