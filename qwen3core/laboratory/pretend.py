@@ -19,8 +19,8 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,16 +52,17 @@ class OnGPU(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "OnGPU":
-        layout = {"strides": inner.stride(), "storage_offset": inner.storage_offset()}
         # The CPU's to all of torch but Python: its autograd and its choice of operations need no GPU.
-        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device, **layout)
+        return Tensor._make_wrapper_subclass(
+            cls, inner.shape, inner.stride(), inner.storage_offset(), dtype=inner.dtype, device=inner.device
+        )
 
     def __init__(self, inner: Tensor) -> None:
         self.inner = inner
 
-    device = property(lambda self: GPU)  # type: ignore[assignment]
-    is_cuda = property(lambda self: True)  # type: ignore[assignment]
-    is_cpu = property(lambda self: False)  # type: ignore[assignment]
+    device = property(lambda self: GPU)
+    is_cuda = property(lambda self: True)
+    is_cpu = property(lambda self: False)
 
     def get_device(self) -> int:
         return 0
@@ -83,7 +84,9 @@ class OnGPU(Tensor):
         return ask(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if torch.is_inference_mode_enabled():  # where views of tensors made outside would need a version
             with torch.inference_mode(False), torch.no_grad():
                 return run(func, args, kwargs or {})
@@ -98,7 +101,7 @@ class Leave(torch.autograd.Function):
         return x.inner.clone()
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
         return OnGPU(dy)
 
 
@@ -110,7 +113,7 @@ class Enter(torch.autograd.Function):
         return OnGPU(x.clone())
 
     @staticmethod
-    def backward(ctx: Any, dy: OnGPU) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, dy: OnGPU) -> Tensor:
         return dy.inner
 
 
@@ -118,7 +121,7 @@ def move(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """``Tensor.to``."""
     copy = kwargs.pop("copy", False)
     if "other" in kwargs or (args and isinstance(args[0], Tensor)):
-        other = kwargs.pop("other", None) or args[0]
+        other = kwargs["other"] if "other" in kwargs else args[0]
         device, dtype, blocking = other.device, other.dtype, True
     else:
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
@@ -251,19 +254,18 @@ def stand_ins(major: int, minor: int) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def pretending(target: str, launches: Path | None = None) -> Iterator[None]:
-    """Within, and for good: there is a GPU, whose launches are written to the folder. triton is not interpreted."""
-    from . import launches as recording
+def start(target: str, launches: Path | None = None) -> None:
+    """From now on there is a GPU, whose launches are written to the folder; its tensors need ``MODE``."""
+    from . import launches as recording  # not before: it imports triton
+    from .compiling import TARGETS
 
-    for name, value in stand_ins(9, 0).items():
+    arch = TARGETS[target].arch
+    for name, value in stand_ins(*divmod(arch, 10) if isinstance(arch, int) else (9, 4)).items():
         setattr(torch.cuda, name, value)
+    torch.compile = lambda model=None, **options: model if model else (lambda f: f)  # type: ignore[assignment]
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # or Module.to would change their data alone
     profiling.LARGE["cuda"], timing.FLUSH = profiling.LARGE["cpu"], 1  # what only a GPU does quickly
-    torch.compile = lambda model=None, **options: model if model else (lambda f: f)  # type: ignore[assignment]
     recording.interpret(target, launches, inner=lambda x: tree_map_only(OnGPU, lambda y: y.inner, x))
-    with MODE:
-        yield
 
 
 def python(folder: Path, options: list[str]) -> str:
@@ -278,10 +280,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], usage=USAGE)
     parser.add_argument("--target", default="sm_90", help="whose configurations are launched (default: sm_90)")
     parser.add_argument("--launches", type=Path, help="folder that launches are written to")
-    start = 1
-    while sys.argv[start : start + 1] and sys.argv[start] in ("--target", "--launches"):
-        start += 2  # the program has options of its own
-    own, program = sys.argv[1:start], sys.argv[start:]
+    own: list[str] = []
+    program = sys.argv[1:]
+    while program and program[0] in ("--target", "--launches"):  # the program has options of its own
+        own, program = own + program[:2], program[2:]
     if not program or program[0] in ("-h", "--help"):
         parser.parse_args(["--help"])
     args = parser.parse_args(own)
@@ -295,7 +297,8 @@ def main() -> None:
         if program[0].endswith(".sh"):
             raise SystemExit(subprocess.run(["bash", *program], env=os.environ | {"PYTHON": executable}).returncode)
         sys.executable = executable
-        with pretending(args.target, args.launches):
+        start(args.target, args.launches)
+        with MODE:
             run_program(program)
 
 
