@@ -48,7 +48,7 @@ MIXING = {"copy_", "index", "index_put_", "_index_put_impl_"}
 class OnGPU(Tensor):
     """A tensor that says it is on the GPU."""
 
-    inner: Tensor
+    on_cpu: Tensor
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "OnGPU":
@@ -58,7 +58,7 @@ class OnGPU(Tensor):
         )
 
     def __init__(self, inner: Tensor) -> None:
-        self.inner = inner
+        self.on_cpu = inner
 
     device = property(lambda self: GPU)
     is_cuda = property(lambda self: True)
@@ -68,7 +68,7 @@ class OnGPU(Tensor):
         return 0
 
     def data_ptr(self) -> int:
-        return self.inner.data_ptr()
+        return self.on_cpu.data_ptr()
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
@@ -77,7 +77,7 @@ class OnGPU(Tensor):
         raise TypeError("can't convert cuda:0 device type tensor to numpy: use Tensor.cpu() first")
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"OnGPU({self.inner!r})"
+        return f"OnGPU({self.on_cpu!r})"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -98,7 +98,7 @@ class Leave(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: OnGPU) -> Tensor:
-        return x.inner.clone()
+        return x.on_cpu.clone()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: OnGPU) -> Tensor:
-        return dy.inner
+        return dy.on_cpu
 
 
 def move(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -188,8 +188,8 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     sized = name == "repeat_interleave" and "output_size" not in kwargs
     if ours and (name in WAITING or others or by_mask or sized):
         wait(name)
-    wrapped = {id(x.inner): x for x in ours}
-    args, kwargs = tree_map_only(OnGPU, lambda x: x.inner, (args, kwargs))
+    wrapped = {id(x.on_cpu): x for x in ours}
+    args, kwargs = tree_map_only(OnGPU, lambda x: x.on_cpu, (args, kwargs))
     out = func(*args, **kwargs)
     if not isinstance(tensors[0], OnGPU) and name == "copy_":
         return out
@@ -265,7 +265,7 @@ def start(target: str, launches: Path | None = None) -> None:
     torch.compile = lambda model=None, **options: model if model else (lambda f: f)  # type: ignore[assignment]
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # or Module.to would change their data alone
     profiling.LARGE["cuda"], timing.FLUSH = profiling.LARGE["cpu"], 1  # what only a GPU does quickly
-    recording.interpret(target, launches, inner=lambda x: tree_map_only(OnGPU, lambda y: y.inner, x))
+    recording.interpret(target, launches, inner=lambda x: tree_map_only(OnGPU, lambda y: y.on_cpu, x))
 
 
 def python(folder: Path, options: list[str]) -> str:
