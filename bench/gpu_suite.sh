@@ -27,9 +27,9 @@ mapfile -t tests < <(grep -l 'mark\.gpu' tests/test_*.py)
 small="(attention_lse or add_rms_norm or qk_norm_rope or swiglu or norm_score) and bfloat16"
 quick="gpu and not slow"
 if [[ $size == full ]]; then
-  all=gpu bench=(--full) tiny=() patience=1
+  all=gpu bench=(--full) tiny=() inputs=() patience=1
 else
-  all=$quick bench=(--quick) tiny=(--tiny) patience=20
+  all=$quick bench=(--quick) tiny=(--tiny) inputs=(--inputs "<Query>: gravity") patience=20
 fi
 failed=0
 summary=""
@@ -65,7 +65,7 @@ print(harness.environment(torch.device("cuda")))'
 warnings.simplefilter("error")
 print(resolve("auto", torch.device("cuda")))'
   for model in tiny-embedding tiny-reranker; do
-    step "$model" 15 1 "$python" -m qwen3core parity "$model" --dtype bfloat16 --ops triton
+    step "$model" 15 1 "$python" -m qwen3core parity "$model" --dtype bfloat16 --ops triton "${inputs[@]}"
   done
 }
 
