@@ -131,8 +131,9 @@ def norm_pool_kernel(x_ptr, stride, weight_ptr, cu_seqlens_ptr, sums_ptr, out_pt
     else:
         row = tl.zeros((BLOCK_H,), tl.float32)
         for first in tl.range(0, PARTS, ROWS):
-            at = (n * PARTS + first + tl.arange(0, ROWS))[:, None] * H + column[None, :]
-            row += tl.sum(tl.load(sums_ptr + at, mask=(column < H)[None, :], other=0.0), axis=0)
+            part = first + tl.arange(0, ROWS)[:, None]
+            at = sums_ptr + (n * PARTS + part) * H + column[None, :]
+            row += tl.sum(tl.load(at, mask=(part < PARTS) & (column < H)[None, :], other=0.0), axis=0)
         row /= tl.load(cu_seqlens_ptr + n + 1) - tl.load(cu_seqlens_ptr + n)
     row = tl.where(column < dim, row, 0.0)
     norm = tl.maximum(tl.sqrt(tl.sum(row * row)), 1e-12) if NORMALIZE else 1.0

@@ -71,6 +71,7 @@ WRONG = {
     "cast": ("wide = x.to(tl.float32)", "wide = x"),
     "rounding": ("normed.to(x.dtype) * w", "normed * w.to(tl.float32)"),
     "strides": ("rows.stride(0)", "H"),
+    "eps": (" / H + eps)", " / H)"),
     "gradient": (" - n * (g * n).mean(-1, keepdim=True)", ""),
     "bounds": ("column, y, mask=mask)", "column, y)"),
 }
@@ -98,8 +99,8 @@ def test_a_right_kernel_of_a_file_outside_passes(kernel_file):
     function = import_file(kernel_file()).rms_norm
     report = check_op(function, "rms_norm", EXACT)
     assert report.ok, report
-    assert report.runs == {"float32": 15, "float16": 15}
-    assert str(report).startswith("right; runs: 15 in float32")
+    assert report.runs == {"float32": 18, "float16": 18}
+    assert str(report).startswith("right; runs: 18 in float32")
 
 
 @INTERPRETED
@@ -110,6 +111,7 @@ def test_a_right_kernel_of_a_file_outside_passes(kernel_file):
         ("cast", "rounding", "output 0", "a cast to float32 is missing|a rounding is moved or left out"),
         ("rounding", "rounding", "output 0", "a rounding is moved or left out"),
         ("strides", "strides", "output 0", "a stride is assumed"),
+        ("eps", "eps", "output 0", "wrong for small numbers alone: eps is missing"),
         ("gradient", "gradient", "gradient of x", "the outputs are right: the backward's formula"),
         ("bounds", "bounds", "a new tensor", "expected nothing written outside of it"),
     ],
@@ -146,6 +148,16 @@ def unwritten(gate, up):
     return out
 
 
+def nan_beyond(gate, up):
+    out = torch.empty_like(gate)
+    out.as_strided((out.numel() + 1,), (1,)).fill_(torch.nan)  # NaN on NaN would not be seen
+    return out.copy_(reference.swiglu(gate.detach(), up.detach()))
+
+
+def half_of_the_last_dimension(gate, up):
+    return reference.swiglu(gate, up) * torch.where(torch.arange(gate.shape[1]) < gate.shape[1] / 2, 1, -1)
+
+
 def raises(gate, up):
     raise ZeroDivisionError("of one's own")
 
@@ -171,6 +183,8 @@ def two_outputs(gate, up):
         (changes_input, {"error", "inputs", "bits"}),
         (random_bits, {"bits"}),
         (unwritten, {"mask"}),
+        (nan_beyond, {"bounds"}),
+        (half_of_the_last_dimension, {"values"}),
         (raises, {"error"}),
         (formula, {"values"}),
         (no_gradient_of_up, {"gradient"}),

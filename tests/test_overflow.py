@@ -62,7 +62,7 @@ def rotate(_: Any, q: Any, k: Any, cos: Any, sin: Any, a: Any, b: Any) -> Any:
 
 
 def rotate_back(_: Any, dq: Any, dk: Any, q: Any, k: Any, cos: Any, sin: Any, a: Any, b: Any) -> Any:
-    return qk_norm_rope.qk_norm_rope_backward(dq, dk, q, k, a, b, EPS, cos, sin)[:2]
+    return qk_norm_rope.qk_norm_rope_backward(dq, dk, q, k, a, b, EPS, cos, sin, [])[:2]
 
 
 def attend_back(ends: Any, q: Any, k: Any, v: Any, dout: Any) -> Any:
@@ -76,7 +76,7 @@ CASES = {
     "rms_norm": Case(lambda _, x, w: rms_norm.rms_norm(x, w, EPS), [WIDTH], [WIDTH], one),
     "add_rms_norm": Case(lambda _, x, r, w: rms_norm.add_rms_norm(x, w, EPS, r), [WIDTH, WIDTH], [WIDTH], one),
     "rms_norm_backward": Case(
-        lambda _, dy, ds, x, w: rms_norm.rms_norm_backward(dy, ds, x, w, EPS)[:1], [WIDTH] * 3, [WIDTH], one
+        lambda _, dy, ds, x, w: rms_norm.rms_norm_backward(dy, ds, x, w, EPS, [])[:1], [WIDTH] * 3, [WIDTH], one
     ),
     "qk_norm_rope": Case(rotate, [HEAD, HEAD, (128,), (128,)], [(128,), (128,)], one),
     "qk_norm_rope_backward": Case(rotate_back, [(16, 128)] * 4 + [(128,)] * 2, [(128,), (128,)], one),
@@ -147,14 +147,12 @@ def run_last_programs(patch, programs):
     """Only so many last programs run, where each has one tile, and nothing is summed over all of them."""
 
     def last_of_many(*ends):
-        whole = range(*ends)
-        return (
-            whole[-programs:] if len(whole) > 1000 else whole
-        )  # no loop is so long but the interpreter's over programs
+        whole = range(*ends)  # none is so long but the interpreter's over programs
+        return whole[-programs:] if len(whole) > 1000 else whole
 
     patch.setattr(interpreter, "range", last_of_many, raising=False)
-    for module in (rms_norm, qk_norm_rope):
-        patch.setattr(module, "PROGRAMS", BEYOND)
+    patch.setattr(rms_norm, "BACKWARD_CONFIGS", ((4096, 4, BEYOND),))
+    patch.setattr(qk_norm_rope, "BACKWARD_CONFIGS", ((BEYOND, 4),))
     patch.setattr(torch.Tensor, "sum", lambda x, dim: x[-1])
 
 

@@ -26,7 +26,7 @@ from ..errors import InputError, check_one_of
 from ..kernels import launch
 from ..profiling import device_name
 from .interpreter import use_exact_arithmetic
-from .operations import CANCELLED, OPERATIONS, OPS_RATIO, Operation, cast
+from .operations import CANCELLED, OPERATIONS, OPS_RATIO, SMALL, Operation, cast
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NARROW = ("float16", "bfloat16")
@@ -35,6 +35,9 @@ LAYOUTS = ("contiguous", "strided", "no gradient")
 
 MARGIN = 2**16
 """Elements before and after each tensor that nothing may touch: more than a tile has."""
+
+AROUND = 77
+"""What is in the margins of integers, and of tensors that a function creates."""
 
 CREATING = {
     torch: ("empty", "empty_like", "empty_strided", "zeros", "zeros_like"),
@@ -55,8 +58,8 @@ class Finding:
 
     kind: str
     """"error" (an exception), "shape", "dtype", "bounds" (a write outside), "inputs" (one is changed), "bits"
-    (other ones the second time); and for wrong numbers what they point to: "strides", "rounding", "mask", "gradient",
-    or "values"."""
+    (other ones the second time); and for wrong numbers what they point to: "strides", "eps", "rounding", "mask",
+    "gradient", or "values"."""
     case: str
     dtype: str
     layout: str
@@ -241,11 +244,12 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 class _Margins:
-    """Within, tensors stand in larger buffers of NaN (77 for integers): those placed, and those that are created."""
+    """Within, tensors stand in larger buffers: those placed in NaN, since what is read there must show in a result;
+    those that are created in AROUND, since NaN that is written onto NaN would not show."""
 
     def __init__(self) -> None:
-        self.placed: list[tuple[str, Tensor, Sequence[int], Sequence[int]]] = []
-        """(name, buffer, shape and strides of the tensor in it)"""
+        self.placed: list[tuple[str, Tensor, Sequence[int], Sequence[int], float]] = []
+        """(name, buffer, shape and strides of the tensor in it, what is around it)"""
         self.patches = ExitStack()
 
     def __enter__(self) -> "_Margins":
@@ -263,36 +267,32 @@ class _Margins:
     def create(self, function: Callable[..., Tensor], empty: bool, *args: Any, **options: Any) -> Tensor:
         """What the function creates, with margins; empty: and with NaN in it."""
         x = function(*args, **options)
-        return self.put(x, "a new tensor", x.shape, x.stride(), not empty)
+        inside = self.put(x, "a new tensor", x.shape, x.stride(), AROUND)
+        return inside.fill_(math.nan) if empty and x.is_floating_point() else inside
 
     def place(self, x: Tensor, name: str, strided: bool) -> Tensor:
         """A copy of an input; strided: each row, and each matrix, followed by NaN."""
         padded = [n + pad for n, pad in zip(x.shape, [0] + [1] * (x.dim() - 2) + [16], strict=False)]
         strides = torch.empty(padded if strided and x.dim() > 1 else x.shape, device="meta").stride()
-        return self.put(x, name, x.shape, strides, True).requires_grad_(x.requires_grad)
+        around = math.nan if x.is_floating_point() else AROUND
+        return self.put(x, name, x.shape, strides, around).requires_grad_(x.requires_grad)
 
-    def put(self, x: Tensor, name: str, shape: Sequence[int], strides: Sequence[int], filled: bool) -> Tensor:
+    def put(self, x: Tensor, name: str, shape: Sequence[int], strides: Sequence[int], around: float) -> Tensor:
         if x.dtype == torch.bool or x.device.type == "meta":
             return x
         extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if x.numel() else 0
-        buffer = torch.full((extent + 2 * MARGIN,), self.poison(x), dtype=x.dtype, device=x.device)
-        inside = buffer.as_strided(shape, strides, MARGIN)
-        if filled:
-            inside.copy_(x.detach())
-        self.placed.append((name, buffer, shape, strides))
+        buffer = torch.full((extent + 2 * MARGIN,), around, dtype=x.dtype, device=x.device)
+        inside = buffer.as_strided(shape, strides, MARGIN).copy_(x.detach())
+        self.placed.append((name, buffer, shape, strides, around))
         return inside
-
-    @staticmethod
-    def poison(x: Tensor) -> float:
-        return math.nan if x.is_floating_point() else 77
 
     def touched(self) -> list[str]:
         """Names of the tensors around which something has been written."""
         names = []
-        for name, buffer, shape, strides in self.placed:
+        for name, buffer, shape, strides, around in self.placed:
             outside = buffer.clone()
-            outside.as_strided(shape, strides, MARGIN).fill_(self.poison(buffer))
-            if not _same(outside, torch.full_like(buffer, self.poison(buffer))):
+            outside.as_strided(shape, strides, MARGIN).fill_(around)
+            if not _same(outside, torch.full_like(buffer, around)):
                 names.append(name)
         return names
 
@@ -347,7 +347,7 @@ def _place(wrong: Tensor, found: Tensor) -> str:
     for dim, n in enumerate(wrong.shape):
         where = wrong.any(dim=[d for d in range(wrong.dim()) if d != dim]) if wrong.dim() > 1 else wrong
         first = int(where.int().argmax())
-        if first > 0 and where[first:].all():
+        if first > 0 and where[first:].all() and 2 * first != n:  # a half is no partial block, but may be RoPE's
             return f"{LAST} {n - first} of {n} along dimension {dim}"
     return NAN if found.isnan().any() else ""
 
@@ -378,7 +378,7 @@ def _guessed(finding: Finding, findings: Sequence[Finding], runs: Sequence[_Run]
         return finding
     numbers = [f for f in findings if f.kind == "values"]
     same = [f for f in numbers if f.what == finding.what]
-    wrong = {f.case for f in same}
+    wrong = {f.case for f in findings if f.what == finding.what}
     right = {run.case.name for run in runs if run.found and run.case.exact[finding.what].numel()} - wrong
     outputs = any(f.what.startswith("output") for f in numbers)
     float32 = any(run.found for run in runs if run.case.dtype == "float32")
@@ -390,6 +390,7 @@ def _guessed(finding: Finding, findings: Sequence[Finding], runs: Sequence[_Run]
             all(f.layout == "strided" for f in same),
             "wrong for strided inputs alone: a stride is assumed in place of used",
         ),
+        "eps": (wrong == {SMALL}, "wrong for small numbers alone: eps is missing, or added elsewhere"),
         "rounding": (
             float32 and all(f.dtype in NARROW for f in same),
             "right in float32: a cast to float32 is missing, or a rounding misplaced",

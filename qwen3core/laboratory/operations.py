@@ -77,8 +77,20 @@ def sequences(tokens: int) -> Tensor:
 
 
 def each(arguments: Callable[..., tuple], cases: dict[str, tuple]) -> Callable[[], Iterator[tuple[str, tuple]]]:
-    """``cases`` of an Operation: the arguments that a function makes of each case's sizes."""
-    return lambda: ((name, arguments(*sizes)) for name, sizes in cases.items())
+    """``cases`` of an Operation: the arguments that a function makes of each case's sizes.
+
+    In the one named SMALL, matrices are so small that eps counts.
+    """
+
+    def made(name: str, sizes: tuple) -> tuple[str, tuple]:
+        found = arguments(*sizes)
+        if name == SMALL:
+            for x in found:
+                if isinstance(x, Tensor) and x.requires_grad and x.dim() > 1:
+                    x.data *= EPS**0.5
+        return name, found
+
+    return lambda: (made(*case) for case in cases.items())
 
 
 def norm_arguments(*shape: int) -> tuple:
@@ -133,9 +145,13 @@ def attention_work(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, 
     return 2 * q.nbytes + k.nbytes + v.nbytes, 4 * q.shape[1] * q.shape[2] * pairs
 
 
-ROWS = {"one row": (1, 64), "odd": (33, 100), "heads": (7, 3, 128), "wide": (3, 1500), "empty": (0, 40)}
+SMALL = "small numbers"
+ROWS = {"one row": (1, 64), "odd": (33, 100), "heads": (7, 3, 128), "wide": (3, 1500), "empty": (0, 40), SMALL: (5, 64)}
+HEADS = {"one token": (1, 4, 2, 64), "odd": (9, 6, 3, 128), "one head": (17, 1, 1, 64), "empty": (0, 4, 2, 64)}
+HEADS |= {"head size of no power of two": (5, 3, 1, 80), SMALL: (5, 4, 2, 64)}
 SEQUENCES = [1, 5, 9, 2]
 POOLED = {"unit": (SEQUENCES, 100, 33, True), "raw": (SEQUENCES, 128, 128, False), "one token": ([1], 100, 100, True)}
+NORM_POOLED = POOLED | {SMALL: (SEQUENCES, 100, 100, False)}
 
 OPERATIONS = {
     "linear": Operation(
@@ -168,7 +184,7 @@ OPERATIONS = {
     ),
     "qk_norm_rope": Operation(
         reference.qk_norm_rope,
-        each(qk_arguments, {"one token": (1, 4, 2, 64), "odd": (9, 6, 3, 128), "one head": (17, 1, 1, 64)}),
+        each(qk_arguments, HEADS),
         lambda size, T: qk_arguments(T, size.num_attention_heads, size.num_key_value_heads, size.head_dim),
         lambda q, k, a, b, eps, *both: (
             2 * (q.nbytes + k.nbytes) + sum(x.nbytes for x in (a, b, *both)),
@@ -210,7 +226,7 @@ OPERATIONS = {
     ),
     "norm_pool": Operation(
         reference.norm_pool,
-        each(norm_pool_arguments, POOLED),
+        each(norm_pool_arguments, NORM_POOLED),
         lambda size, T: (*norm_arguments(T, size.hidden_size), sequences(T), size.hidden_size, True),
         norm_pool_work,
     ),
