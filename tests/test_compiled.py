@@ -58,7 +58,7 @@ def test_a_small_kernel_compiles_for_hopper(tmp_path):
 def test_attention_for_hopper_is_what_it_claims(tmp_path):
     """Products by warpgroups, TMA, registers traded between partitions; nothing spilled."""
     rows = compile_all(tmp_path, ["--target", "sm_90", "--kernel", "attention_hopper"])
-    assert len(rows) == 7
+    assert len(rows) == 8  # three configurations, either mask; the default for the larger model, too
     for row in rows:
         assert all(name in row["tensor"] for name in ("HGMMA", "UTMALDG", "USETMAXREG")), row
         assert row["spill"] == 0, row

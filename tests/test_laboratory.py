@@ -318,7 +318,9 @@ def test_every_configuration_is_tried_and_ranked(kernel_file, capsys):
     assert main(["kernel", f"{kernel_file()}:rms_norm", "--tune", "--target", "sm_80", "gfx942"]) == 0
     out = capsys.readouterr().out
     assert out.count("check: right") == 2
-    assert re.findall(r"\| .*rms_norm (\(.*\)) \| True \|", out) == ["(1,)", "(4,)"]
+    ranked = re.findall(r"\| .*rms_norm (\(.*\)) \| True \| +\| (\d+) \| (\d+) \|", out)  # spills, registers
+    assert sorted(config for config, *_ in ranked) == ["(1,)", "(4,)"]
+    assert ranked == sorted(ranked, key=lambda row: [int(n) for n in row[1:]])
     assert "not timed: no GPU" in out
     assert "predicted from datasheets, not measured" in out
     assert out.count("| gfx942 | kernel |") == out.count("| sm_80 | kernel |") == 2
