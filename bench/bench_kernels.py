@@ -32,7 +32,7 @@ from qwen3core.batch import build_cu_seqlens
 from qwen3core.config import OFFICIAL_SIZES
 from qwen3core.kernels import attention, pooling, qk_norm_rope, rms_norm, swiglu
 from qwen3core.kernels.gallery import attention_hopper
-from qwen3core.laboratory import contenders
+from qwen3core.laboratory import contenders, timing
 from qwen3core.ops import Ops
 
 D, EPS, MEAN_LENGTH = 128, 1e-6, 300
@@ -85,9 +85,10 @@ def listed(outs: Any) -> list[Tensor]:
     return [outs] if isinstance(outs, Tensor) else list(outs)
 
 
-def measure(case: Case, repeats: int) -> dict[str, harness.Timing]:
+def measure(case: Case, repeats: int) -> dict[str, timing.Timing]:
     """The engines that agree with the reference, timed; the others' errors."""
-    results, runs = dict.fromkeys(case.engines), {}
+    results: dict[str, timing.Timing] = {name: {} for name in case.engines}  # in their order
+    runs = {}
     for name, prepare in case.engines.items():
         try:
             # Copies: some engines write into what they get.
@@ -99,8 +100,8 @@ def measure(case: Case, repeats: int) -> dict[str, harness.Timing]:
                 raise ValueError(f"disagrees with the reference, relative error {worst:.1e}")
             runs[name] = run
         except Exception as error:
-            results[name] = harness.failure(error)
-    return results | harness.compare(runs, DEVICE, repeats=repeats)
+            results[name] = timing.failure(error)
+    return results | timing.compare(runs, DEVICE, repeats=repeats)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -434,10 +435,10 @@ KERNELS = {
 
 def rows_of(kernel: str, model: str, case: Case, repeats: int, ceilings: dict[str, float]):
     unit, scale, ceiling = ("GB/s", 1e6, "copy_gbs") if kernel in ROWS else ("TFLOP/s", 1e9, "matmul_tflops")
-    for engine, timing in measure(case, repeats).items():
-        row = {"kernel": kernel, "model": model, **case.labels, "engine": engine, **timing}
-        if "error" not in timing:
-            rate = case.work / timing["p50"] / scale
+    for engine, found in measure(case, repeats).items():
+        row = {"kernel": kernel, "model": model, **case.labels, "engine": engine, **found}
+        if "error" not in found:
+            rate = case.work / found["p50"] / scale
             row |= {unit: rate, "share": rate / ceilings[ceiling]}
         yield row
 

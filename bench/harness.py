@@ -13,11 +13,6 @@ from typing import Any
 import torch
 import triton
 
-from qwen3core.laboratory.timing import Timing as Timing
-from qwen3core.laboratory.timing import alternate as alternate
-from qwen3core.laboratory.timing import compare as compare
-from qwen3core.laboratory.timing import failure as failure
-from qwen3core.laboratory.timing import quartiles as quartiles
 from qwen3core.profiling import device_name
 from qwen3core.writing import writing
 

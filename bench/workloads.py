@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy
 
-from bench import engines, harness
+from bench import engines
 from bench.worker import Failed, Worker
+from qwen3core.laboratory import timing
 from qwen3core.samples import LONG_DOCUMENT
 from qwen3core.tokenizer import Tokenizer
 
@@ -190,7 +191,7 @@ def startup(setup: Setup) -> Iterator[Row]:
     """From the start of a process to its first vector: files in the page cache, whatever an engine compiles, too."""
     names = list(setup.opened("embed"))
     setup.close()
-    times = harness.alternate({name: partial(first_vector, setup, name) for name in names}, min(3, setup.repeats))
+    times = timing.alternate({name: partial(first_vector, setup, name) for name in names}, min(3, setup.repeats))
     yield from statistics({"workload": "start-up", "size": "first vector"}, times)
 
 
@@ -239,7 +240,7 @@ def compared(labels: Row, runs: Mapping[str, Run], setup: Setup) -> Iterator[Row
         except Failed as error:
             found[name] = {"differs": str(error)}
     agreeing = {name: partial(settled, runs[name]) for name, row in found.items() if "differs" not in row}
-    times = harness.alternate(agreeing, min(setup.repeats, max(3, int(BUDGET / total))))
+    times = timing.alternate(agreeing, min(setup.repeats, max(3, int(BUDGET / total))))
     for row in statistics(labels, times):
         found[row["engine"]] = row | found[row["engine"]]
     for name, row in found.items():
@@ -269,6 +270,6 @@ def agreement(found: numpy.ndarray, expected: numpy.ndarray, dtype: str, engine:
 def statistics(labels: Row, times: dict[str, list[float]]) -> Iterator[Row]:
     """Quartiles of each engine's time, and of its ratio to qwen3core's within the same repeat."""
     for engine, own in times.items():
-        ratios = harness.quartiles([a / b for a, b in zip(own, times[OURS], strict=True)])
+        ratios = timing.quartiles([a / b for a, b in zip(own, times[OURS], strict=True)])
         ratio = {"ratio": ratios["p50"], "ratio_p25": ratios["p25"], "ratio_p75": ratios["p75"]}
-        yield labels | {"engine": engine, **harness.quartiles(own), **ratio}
+        yield labels | {"engine": engine, **timing.quartiles(own), **ratio}

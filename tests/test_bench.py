@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from bench import engines, harness, report, workloads
+from bench import engines, report, workloads
 from bench.worker import Failed, Worker
+from qwen3core.laboratory import timing
 
 
 def quick_engines(*workloads):
@@ -127,7 +128,7 @@ def test_engines_alternate_in_both_orders():
         calls.append(name)
         return len(calls)
 
-    times = harness.alternate({name: partial(run, name) for name in "ab"}, 3)
+    times = timing.alternate({name: partial(run, name) for name in "ab"}, 3)
     assert calls == [*"ab", *"ba", *"ab"]
     assert times == {"a": [1, 4, 5], "b": [2, 3, 6]}
 
