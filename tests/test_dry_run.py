@@ -31,7 +31,7 @@ def pretended(*arguments, **environment):
     own = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "qwen3core.laboratory.pretend", *map(str, arguments)]
     environment = own | {"PYTHONPATH": str(ROOT)} | environment
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, env=environment)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=5400, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

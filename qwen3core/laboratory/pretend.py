@@ -21,9 +21,11 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -247,6 +249,8 @@ def stand_ins(major: int, minor: int) -> dict[str, Any]:
         "empty_cache": lambda: None,
         "synchronize": lambda device=None: wait("synchronize"),
         "manual_seed_all": lambda seed: None,
+        "get_rng_state": lambda device=None: torch.empty(0),
+        "set_rng_state": lambda state, device=None: None,
         "set_device": lambda device: None,
         "device_of": lambda x: nullcontext(),
         "Event": Event,
@@ -256,7 +260,8 @@ def stand_ins(major: int, minor: int) -> dict[str, Any]:
 
 def start(target: str, launches: Path | None = None) -> None:
     """From now on there is a GPU, whose launches are written to the folder; its tensors need ``MODE``."""
-    from . import launches as recording  # not before: it imports triton
+    from ..kernels import launch  # not before: they import triton
+    from . import launches as recording
     from .compiling import TARGETS
 
     arch = TARGETS[target].arch
@@ -265,7 +270,15 @@ def start(target: str, launches: Path | None = None) -> None:
     torch.compile = lambda model=None, **options: model if model else (lambda f: f)  # type: ignore[assignment]
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # or Module.to would change their data alone
     profiling.LARGE["cuda"], timing.FLUSH = profiling.LARGE["cpu"], 1  # what only a GPU does quickly
-    recording.interpret(target, launches, inner=lambda x: tree_map_only(OnGPU, lambda y: y.on_cpu, x))
+    on_cpu = partial(tree_map_only, OnGPU, lambda x: x.on_cpu)
+    check = torch.library.opcheck
+
+    def opcheck(*args: Any, **options: Any) -> Any:
+        with patch.object(launch, "INTERPRETED", True):  # on the CPU: it changes tensors' shapes in place
+            return check(*on_cpu(args), **options)
+
+    torch.library.opcheck = opcheck
+    recording.interpret(target, launches, inner=on_cpu)
 
 
 def python(folder: Path, options: list[str]) -> str:
