@@ -42,17 +42,18 @@ class DeadlockError(RuntimeError):
 def interpreted() -> Iterator[None]:
     """Within, Gluon kernels are executed on CPU tensors; triton must have been imported with TRITON_INTERPRET=1."""
     run, runnable = GluonJITFunction.run, launch.require_runnable
-
-    def execute(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
-        known = {name: options[name] for name in kernel.arg_names if name in options}
-        for ids in itertools.product(*(range(size) for size in grid)):
-            Program(ids).translate(kernel)(*(from_host(x) for x in args), **known)
-
     GluonJITFunction.run, launch.require_runnable = execute, lambda op, x: None
     try:
         yield
     finally:
         GluonJITFunction.run, launch.require_runnable = run, runnable
+
+
+def execute(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
+    """A launch: one program after the other."""
+    known = {name: options[name] for name in kernel.arg_names if name in options}
+    for ids in itertools.product(*(range(size) for size in grid)):
+        Program(ids).translate(kernel)(*(from_host(x) for x in args), **known)
 
 
 def from_host(x: Any) -> Any:

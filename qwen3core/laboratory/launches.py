@@ -4,7 +4,7 @@
 
 compiles those of a folder and fails where one spills, or needs more shared memory than the target has. A line of JSON
 is a launch that would be compiled anew: the kernel, its options, and its arguments, tensors as their dtype and the
-bytes by which they miss an alignment of 16.
+bytes by which they miss an alignment of 16, descriptors as their fields.
 """
 
 import argparse
@@ -19,10 +19,14 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
+from . import gluon
 from .compiling import SHARED_MEMORY, TARGETS, Pretender, configuration, usage
 from .interpreter import use_exact_arithmetic
 
@@ -39,14 +43,15 @@ def interpret(target: str, folder: Path | None, inner: Callable[[Any], Any] = la
     driver.set_active(Pretender(target))
     specialise, interpreted = JITFunction.run, cache(InterpretedFunction)
 
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+    def interpreting(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         args, options = inner(args), inner(options)
         triton.knobs.runtime.jit_cache_hook = partial(note, folder, self, args, options)
         specialise(self, *args, grid=grid, warmup=True, **options)
         triton.knobs.runtime.jit_cache_hook = None
-        interpreted(self.fn).run(*args, grid=grid, warmup=warmup, **options)
+        run = partial(gluon.execute, self) if isinstance(self, GluonJITFunction) else interpreted(self.fn).run
+        run(*args, grid=grid, warmup=warmup, **options)
 
-    JITFunction.run = run
+    JITFunction.run = interpreting
     JITFunction.__call__ = lambda self, *args, **options: interpreted(self.fn)(*args, **options)
 
 
@@ -67,12 +72,17 @@ def note(folder: Path | None, function: Any, args: Any, options: dict[str, Any],
 def encode(x: Any) -> Any:
     if isinstance(x, Tensor):
         return {"dtype": str(x.dtype).removeprefix("torch."), "misses": x.data_ptr() % 16}
-    if isinstance(x, tuple):
+    if isinstance(x, TensorDescriptor):
+        return {name: encode(value) for name, value in vars(x).items()} | {"layout": vars(x.layout)}
+    if isinstance(x, tuple | list):
         return [encode(part) for part in x]
     return {name: encode(value) for name, value in x.items()} if isinstance(x, dict) else x
 
 
 def decode(x: Any) -> Any:
+    if isinstance(x, dict) and "layout" in x:
+        shapes = [x[name] for name in ("shape", "strides", "block_shape")]
+        return TensorDescriptor(decode(x["base"]), *shapes, NVMMASharedLayout(**x["layout"]))
     if isinstance(x, dict):
         dtype = getattr(torch, x["dtype"])
         return torch.empty(32, dtype=dtype)[x["misses"] // dtype.itemsize :]

@@ -21,17 +21,19 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._C import TensorBase
 from torch._library.custom_ops import OPDEFS
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from .. import profiling
 from . import timing
@@ -83,7 +85,7 @@ class OnGPU(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return ask(func, args, kwargs or {})
+        return ask(func, types, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -153,9 +155,10 @@ MOVES: dict[Any, Callable[..., Any]] = {
 }
 
 
-def ask(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def ask(func: Any, types: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """A function of torch as Python calls it, which may name the GPU."""
-    with torch._C.DisableTorchFunctionSubclass():
+    func = original(func)
+    with torch._C.DisableTorchFunctionSubclass() if OnGPU in types else nullcontext():
         if func in MOVES:
             return MOVES[func](*args, **kwargs)
         if kwargs.get("device") is None or torch.device(kwargs["device"]).type != "cuda":
@@ -166,6 +169,20 @@ def ask(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func in (torch.tensor, torch.as_tensor):
         wait("to cuda")
     return OnGPU(x.detach()).requires_grad_(x.requires_grad)
+
+
+def original(func: Any) -> Any:
+    """torch's own method where a program has replaced it: torch looks methods up by name, and would call that again."""
+    if isinstance(func, FunctionType) and not func.__module__.startswith("torch"):
+        return next((getattr(TensorBase, name) for name, own in vars(Tensor).items() if own is func), func)
+    return func
+
+
+def on_cpu(x: Any) -> Any:
+    """What the pretended GPU's tensors, and descriptors of them, are on the CPU."""
+    if hasattr(x, "block_shape"):
+        return replace(x, base=on_cpu(x.base))
+    return x.on_cpu if isinstance(x, OnGPU) else x
 
 
 def wait(what: str) -> None:
@@ -191,7 +208,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if ours and (name in WAITING or others or by_mask or sized):
         wait(name)
     wrapped = {id(x.on_cpu): x for x in ours}
-    args, kwargs = tree_map_only(OnGPU, lambda x: x.on_cpu, (args, kwargs))
+    args, kwargs = tree_map(on_cpu, (args, kwargs))
     out = func(*args, **kwargs)
     if not isinstance(tensors[0], OnGPU) and name == "copy_":
         return out
@@ -202,7 +219,7 @@ class Mode(TorchFunctionMode):
     """Sees what is asked for on the GPU without a tensor of it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return ask(func, args, kwargs or {})
+        return ask(func, types, args, kwargs or {})
 
 
 MODE = Mode()
@@ -270,15 +287,14 @@ def start(target: str, launches: Path | None = None) -> None:
     torch.compile = lambda model=None, **options: model if model else (lambda f: f)  # type: ignore[assignment]
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # or Module.to would change their data alone
     profiling.LARGE["cuda"], timing.FLUSH = profiling.LARGE["cpu"], 1  # what only a GPU does quickly
-    on_cpu = partial(tree_map_only, OnGPU, lambda x: x.on_cpu)
     check = torch.library.opcheck
 
     def opcheck(*args: Any, **options: Any) -> Any:
         with patch.object(launch, "INTERPRETED", True):  # on the CPU: it changes tensors' shapes in place
-            return check(*on_cpu(args), **options)
+            return check(*tree_map(on_cpu, args), **options)
 
     torch.library.opcheck = opcheck
-    recording.interpret(target, launches, inner=on_cpu)
+    recording.interpret(target, launches, inner=partial(tree_map, on_cpu))
 
 
 def python(folder: Path, options: list[str]) -> str:
