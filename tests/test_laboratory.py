@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -212,6 +213,22 @@ def test_refusals_and_missing_gradients_are_notes():
     assert not check_op(refuses, "swiglu", [torch.float16]).ok  # nothing ran
 
 
+def test_a_function_that_no_set_takes_is_found():
+    """By the operation's name: a fused one declares its parts. An Operation of one's own is in no set."""
+    function = reference.add_rms_norm
+    (finding,) = check_op(function, "add_rms_norm", [torch.float32]).findings
+    with pytest.raises(InputError) as refusal:
+        replace(Ops.reference(), add_rms_norm=function)
+    assert (finding.kind, finding.message) == ("declaration", str(refusal.value))
+    assert check_op(function, OPERATIONS["add_rms_norm"], [torch.float32]).ok
+
+    @reference.declare(row_wise=True, parts={"rms_norm": reference.rms_norm})
+    def declared(*args):
+        return function(*args)
+
+    assert check_op(declared, "add_rms_norm", [torch.float32]).ok
+
+
 def test_whole_numbers_may_be_one_off():
     operation = Operation(
         lambda x: (x * 10).round().to(torch.int8),
@@ -226,7 +243,7 @@ def test_whole_numbers_may_be_one_off():
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_the_specifications_pass(op):
     # With AMX, oneDNN's bfloat16 product of strided rows reads beyond them, times 0: what is NaN there shows.
-    report = check_op(OPERATIONS[op].specification, op, EXACT if op == "linear" else DTYPES)
+    report = check_op(OPERATIONS[op].specification, OPERATIONS[op], EXACT if op == "linear" else DTYPES)
     assert report.ok, report
     assert report.notes == []
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..errors import InputError, check_one_of
 from ..kernels import launch
+from ..ops import Ops
 from ..profiling import device_name
 from .interpreter import use_exact_arithmetic
 from .operations import CANCELLED, OPERATIONS, OPS_RATIO, SMALL, Operation, cast
@@ -57,15 +58,15 @@ class Finding:
     """One thing that is wrong; ``str`` of it is a sentence."""
 
     kind: str
-    """"error" (an exception), "shape", "dtype", "bounds" (a write outside), "inputs" (one is changed), "bits"
-    (other ones the second time); and for wrong numbers what they point to: "strides", "eps", "rounding", "mask",
-    "gradient", or "values"."""
+    """"declaration" (``Ops`` refuses it), "error" (an exception), "shape", "dtype", "bounds" (a write outside),
+    "inputs" (one is changed), "bits" (other ones the second time); and for wrong numbers what they point to: "strides",
+    "eps", "rounding", "mask", "gradient", or "values"."""
     case: str
     dtype: str
     layout: str
     """One of ``LAYOUTS``."""
     what: str
-    """"output 0", "gradient of weight", "x" (an input), "call"."""
+    """"output 0", "gradient of weight", "x" (an input), "call", "function"."""
     message: str
     """What was expected, and what was found."""
     guess: str = ""
@@ -112,11 +113,13 @@ def check_op(
     For each case and dtype: shapes, dtypes and devices; values, and gradients where the function has them, by the rule
     above, for contiguous inputs, for strided ones, and with no gradient recorded; nothing written outside of outputs;
     the same bits the second time; and that float16 and bfloat16 are rounded where the specification rounds, if the
-    operation asks for that (``agreement``).
+    operation asks for that (``agreement``). By its name, also that ``Ops`` takes the function as that operation.
     device: the first GPU, or the CPU, by default. Raises InputError for an unknown op.
     """
+    refused: list[Finding] = []
     if not isinstance(op, Operation):
         check_one_of("op", op, OPERATIONS)
+        refused = _refused(function, op)
         op = OPERATIONS[op]
     if launch.INTERPRETED:
         use_exact_arithmetic()
@@ -129,12 +132,22 @@ def check_op(
         for dtype in dtypes:
             for case in (_Case.of(op, *each, dtype) for each in arguments):
                 runs += (_run(function, case, layout, where) for layout in LAYOUTS)
-    findings = [finding for run in runs for finding in run.findings]
+    findings = refused + [finding for run in runs for finding in run.findings]
     findings += _rounded_elsewhere(runs, op.agreement, findings)
     counts = Counter({_name(dtype): 0 for dtype in dtypes})
     counts.update(run.case.dtype for run in runs if run.found)
     notes = list(dict.fromkeys(note for run in runs for note in run.notes))
     return Report(device_name(where), dict(counts), [_guessed(each, findings, runs) for each in findings], notes)
+
+
+def _refused(function: Callable[..., Any], op: str) -> list[Finding]:
+    """A finding where no set of operations takes the function as its ``op``."""
+    changed: dict[str, Any] = {op: function}
+    try:
+        replace(Ops.reference(), **changed)
+    except InputError as error:
+        return [Finding("declaration", "all", "all dtypes", "all", "function", str(error))]
+    return []
 
 
 def _name(dtype: torch.dtype) -> str:
