@@ -2,7 +2,10 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from conftest import ROOT
 from qwen3core import InputError, Ops, reference
 from qwen3core.commands import main
 from qwen3core.kernels import launch
-from qwen3core.laboratory import trial
+from qwen3core.laboratory import contenders, timing, trial
 from qwen3core.laboratory.check import DTYPES, check_op
 from qwen3core.laboratory.compiled import accesses
 from qwen3core.laboratory.operations import OPERATIONS, Operation, each, leaf
@@ -360,6 +363,83 @@ def test_kernels_of_the_gallery_by_the_command(capsys):
         assert [row["spill"] for row in each_trial["compiled"]] == [0]
 
 
+class Planned:
+    """A stand-in for FlashInfer's wrapper."""
+
+    plans: ClassVar[list] = []
+
+    def __init__(self, workspace, layout):
+        assert (len(workspace), layout) == (2**28, "NHD")
+
+    def plan(self, cu_q, cu_k, *sizes, causal, q_data_type):
+        self.plans.append((*sizes, causal, q_data_type))
+        self.ends = (cu_q, cu_k)
+
+    def run(self, q, k, v):
+        return reference.attention(q, k, v, *self.ends, 0, 0)
+
+
+@pytest.fixture
+def timed_contenders(monkeypatch):
+    """A function of an operation's name: which ``contenders`` are timed, and why others are not; not those that are slow
+    without a GPU."""
+    module = SimpleNamespace(BatchPrefillWithRaggedKVCacheWrapper=Planned)
+    monkeypatch.setitem(sys.modules, "flashinfer", module)
+
+    def run(op, tokens):
+        arguments = trial.cast(OPERATIONS[op].large(SMALL_CONFIG, tokens), torch.float32)
+        with torch.no_grad():
+            douts, expected = timing.expect(OPERATIONS[op].specification, arguments, arguments)
+            functions = contenders.contenders(op, OPERATIONS[op])
+            functions = {name: f for name, f in functions.items() if name not in ("ops triton", "torch.compile")}
+            found = {
+                direction: timing.measure(
+                    timing.engines_of(functions, arguments, douts, direction), results, torch.device("cpu"), 1
+                )
+                for direction, results in expected.items()
+            }
+        return {
+            direction: {name: row.get("error", "timed") for name, row in rows.items()}
+            for direction, rows in found.items()
+        }
+
+    return run
+
+
+SMALL_CONFIG = replace(
+    trial.OFFICIAL_SIZES["0.6B"], num_attention_heads=4, num_key_value_heads=2, hidden_size=64, intermediate_size=96
+)
+
+
+@pytest.mark.parametrize(
+    ("op", "names"),
+    {
+        "rms_norm": {"torch eager", "torch F.rms_norm"},
+        "add_rms_norm": {"torch eager", "torch F.rms_norm"},
+        "qk_norm_rope": {"torch eager", "torch F.rms_norm", "ops torch"},
+        "swiglu": {"torch eager", "ops torch"},
+        "norm_pool": {"torch eager", "torch F.rms_norm"},
+        "norm_score": {"torch eager", "torch F.rms_norm"},
+    }.items(),
+)
+def test_contenders_give_the_operation_and_its_gradients(timed_contenders, op, names):
+    for rows in timed_contenders(op, 600).values():
+        assert {name for name, error in rows.items() if error == "timed"} == names
+        assert {error for name, error in rows.items() if name not in names} <= {"not installed"}
+
+
+def test_contenders_of_attention(timed_contenders):
+    """SDPA where sequences have one length; FlashInfer, which is a stand-in, plans once and is forward only."""
+    Planned.plans.clear()
+    equal, several = timed_contenders("attention", 1024), timed_contenders("attention", 600)
+    ran = {"torch eager", "ops torch", "FlexAttention", "FlashInfer", "SDPA flash"}
+    assert {name for name, error in equal["forward"].items() if error == "timed"} == ran
+    assert {name for name, error in several["forward"].items() if error == "timed"} == ran - {"SDPA flash"}
+    assert several["forward"]["SDPA flash"] == "InputError: SDPA: expected sequences of one length, found several"
+    assert equal["backward"]["SDPA flash"] == "timed"
+    assert Planned.plans == [(4, 2, 128, True, torch.float32)] * 4  # once for each batch and direction
+
+
 @pytest.fixture
 def two_contenders(monkeypatch):
     def contenders(op, operation):
@@ -375,11 +455,24 @@ def test_variants_are_timed_beside_others(two_contenders, tmp_path):
     """On a CPU, whose numbers mean nothing: what is wrong or absent has none."""
     variant = Variant("mine", "swiglu", OPERATIONS["swiglu"], Ops.torch().swiglu)
     found = trial.times([variant], torch.device("cpu"), tokens=8, repeats=2)
-    assert set(found) == {"device", "before", "after", "ms"}
-    assert {name for name, ms in found["ms"].items() if "p50" in ms} == {"mine", "torch eager"}
-    assert found["ms"]["absent"] == {"error": "not installed"}
+    assert set(found) == {"device", "before", "after", "ms", "backward_ms"}
+    for key in ("ms", "backward_ms"):
+        assert {name for name, ms in found[key].items() if "p50" in ms} == {"mine", "torch eager"}
+        assert found[key]["absent"] == {"error": "not installed"}
+        assert next(iter(found[key])) == "mine"
     assert "disagrees" in found["ms"]["wrong"]["error"]
-    assert next(iter(found["ms"])) == "mine"
+
+
+def test_gradients_are_timed_where_a_variant_has_them(two_contenders):
+    def forward_only(gate, up):
+        return reference.swiglu(gate.detach(), up.detach())
+
+    variants = [Variant("forward only", "swiglu", OPERATIONS["swiglu"], forward_only)]
+    assert trial.times(variants, torch.device("cpu"), tokens=8, repeats=1)["backward_ms"] == {}
+    variants.append(Variant("mine", "swiglu", OPERATIONS["swiglu"], Ops.torch().swiglu))
+    found = trial.times(variants, torch.device("cpu"), tokens=8, repeats=1)["backward_ms"]
+    assert found["forward only"] == {"error": "ValueError: the outputs have no gradient"}
+    assert "p50" in found["mine"]
 
 
 def test_the_roofline_is_drawn(tmp_path):
@@ -393,7 +486,7 @@ def test_the_roofline_is_drawn(tmp_path):
     found = trial.Trial("f.py:mine", None, "swiglu", True, report, [], work, {}, timed, {"error": "not run"}, {})
     trial.draw([found], tmp_path / "roofline.png")
     assert (tmp_path / "roofline.png").read_bytes()[:4] == b"\x89PNG"
-    assert "| mine | 1 | 1 | 1 |" in str(found)
+    assert "| forward | mine | 1 | 1 | 1 |" in str(found)
 
 
 @pytest.mark.parametrize("op", OPERATIONS)

@@ -31,8 +31,6 @@ from .variants import Variant
 
 SIZE, TOKENS = "0.6B", 8192
 """The official model whose sizes are predicted and timed, and how many tokens of it."""
-TOLERANCE = 2e-2
-"""Relative Frobenius error in bfloat16 against float32, 1e-3 to 1e-2 where it is right: beyond, no time is given."""
 CHECKPOINTS = {"norm_score": "tiny-reranker"}
 """The shipped checkpoint that an operation is put into, where it is not tiny-embedding."""
 
@@ -63,8 +61,9 @@ class Trial:
     predicted_ms: dict[str, float]
     """By card, the least time for that work by roofline: by its datasheet; "measured": by this GPU's own best."""
     timed: Step
-    """{"device", "before", "after", "ms": {engine: {"p25", "p50", "p75"} or {"error"}}}: forward, beside the others;
-    before and after: clocks, temperature and power."""
+    """{"device", "before", "after", "ms": {engine: {"p25", "p50", "p75"} or {"error"}}, "backward_ms"}: forward, and
+    the gradients alone, beside the others; of the gradients {} where no variant has them. before and after: clocks,
+    temperature and power."""
     parity: Step
     """{"ok", "title", "rows": [{"point", "max_abs", "relative", "error_transformers", "error_ours", "ok"}]}"""
     environment: dict[str, str]
@@ -83,7 +82,11 @@ class Trial:
                 f"least work: {least} ({work['model']}, {work['tokens']} tokens, {work['dtype']})",
                 f"ms by roofline, predicted from datasheets, not measured: {cards}",
                 *_table(
-                    [{"engine": name, **row} for name, row in self.timed.get("ms", {}).items()],
+                    [
+                        {"direction": direction, "engine": name, **row}
+                        for direction, key in (("forward", "ms"), ("backward", "backward_ms"))
+                        for name, row in self.timed.get(key, {}).items()
+                    ],
                     self.timed.get("error", ""),
                 ),
                 f"parity: {self.parity.get('error') or self.parity['title'] + ': ' + self._worst()}",
@@ -152,41 +155,38 @@ def predicted(work: Step) -> dict[str, float]:
 
 
 def times(variants: Sequence[Variant], device: torch.device, tokens: int = TOKENS, repeats: int = 20) -> Step:
-    """Variants of one operation, timed forward beside each other and beside ``contenders``.
+    """Variants of one operation, timed beside each other and beside ``contenders``, gradients where a variant has them.
 
     Whatever raises, or disagrees with the specification in float32, gets {"error"} in place of its time.
     """
-    operation = variants[0].operation
-    large = operation.large(OFFICIAL_SIZES[SIZE], tokens)
-    arguments = cast(large, torch.bfloat16, device=device)
-    expected = _outputs(operation.specification, cast(large, torch.bfloat16, torch.float32, device=device))
-    engines = {v.name: v.function for v in variants} | contenders(variants[0].op, operation)
-    found: dict[str, timing.Timing] = {}
-    runs: dict[str, Callable[[], object]] = {}
+    operation, own = variants[0].operation, {v.name: v.function for v in variants}
+    functions = own | contenders(variants[0].op, operation)
+    found: dict[str, dict[str, timing.Timing]] = {direction: {} for direction in timing.DIRECTIONS}
     before = timing.gpu_state()
     with torch.no_grad():
-        for name, function in engines.items():
-            try:
-                outs = _outputs(function, arguments)
-                errors = [_error(*pair) for pair in zip(outs, expected, strict=True)]
-                if not all(error < TOLERANCE for error in errors):
-                    raise ValueError(f"disagrees with the specification, relative errors {errors}")
-                runs[name] = lambda function=function: function(*arguments)  # type: ignore[misc]
-                found[name] = {}
-            except Exception as error:
-                found[name] = timing.failure(error)
-        found |= timing.compare(runs, device, repeats=repeats)
-    return {"device": device_name(device), "before": before, "after": timing.gpu_state(), "ms": found}
+        with torch.device(device):
+            large = operation.large(OFFICIAL_SIZES[SIZE], tokens)
+        rounded, wide = (
+            cast(large, *dtypes, device=device) for dtypes in ((torch.bfloat16,), (torch.bfloat16, torch.float32))
+        )
+        douts, expected = timing.expect(operation.specification, rounded, wide)
+        if not any(_has_gradient(function, rounded, douts) for function in own.values()):
+            expected.pop("backward", None)
+        for direction, results in expected.items():
+            engines = timing.engines_of(functions, rounded, douts, direction)
+            found[direction] = timing.measure(engines, results, device, repeats)
+    after = timing.gpu_state()
+    return {
+        **{"device": device_name(device), "before": before, "after": after},
+        **{"ms": found["forward"], "backward_ms": found["backward"]},
+    }
 
 
-def _outputs(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Tensor]:
-    with torch.no_grad():
-        out = function(*(x.clone() if isinstance(x, Tensor) else x for x in arguments))  # some write into what they get
-    return list(out) if isinstance(out, tuple | list) else [out]
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected).norm() / expected.norm())
+def _has_gradient(function: Callable[..., Any], arguments: Sequence[Any], douts: Sequence[Tensor]) -> bool:
+    try:
+        return bool(timing.prepared(function, arguments, douts))
+    except Exception:  # whatever it is, it is no time
+        return False
 
 
 def in_model(variant: Variant, checkpoint: str | None = None) -> Step:
