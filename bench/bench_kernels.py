@@ -4,51 +4,53 @@
 
 bfloat16 on a GPU. Forward runs without autograd; backward is torch.autograd.grad of a graph built before, so that a
 custom op's and a compiled graph's own overhead on the device counts. Each engine first computes the same random inputs
-as the reference in float32, outputs and all gradients; one that disagrees gets no number. Attention counts 4 D Hq FLOPs
-per visible pair, backward 2.5 times that; the other kernels count the bytes of their docstrings, whatever an engine
-moves.
+as the specification in float32, outputs and all gradients; one that disagrees gets no number. Operations, their least
+work and the contenders are the laboratory's. Attention counts FLOPs, backward 2.5 times as many; the other kernels
+count bytes, backward those of the forward and of the gradients, whatever an engine moves.
 
 --tune times every entry of CONFIGS, the default first. --tiny is a smoke test of this script with
 TRITON_INTERPRET=1, not of speed.
 """
 
 import argparse
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import harness
 import numpy
 import torch
-import torch._functorch.config
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 
 from qwen3core import Qwen3Config, profiling, reference
-from qwen3core.batch import build_cu_seqlens
 from qwen3core.config import OFFICIAL_SIZES
 from qwen3core.kernels import attention, pooling, qk_norm_rope, rms_norm, swiglu
 from qwen3core.kernels.gallery import attention_hopper
-from qwen3core.laboratory import contenders, timing
+from qwen3core.laboratory import timing
+from qwen3core.laboratory.contenders import contenders
+from qwen3core.laboratory.operations import (
+    OPERATIONS,
+    Operation,
+    attention_arguments,
+    cast,
+    norm_pool_arguments,
+    norm_score_arguments,
+)
 from qwen3core.ops import Ops
 
-D, EPS, MEAN_LENGTH = 128, 1e-6, 300
+MEAN_LENGTH = 300
 TINY = replace(
     OFFICIAL_SIZES["0.6B"], num_attention_heads=4, num_key_value_heads=2, hidden_size=64, intermediate_size=96
 )
-TOLERANCE = 2e-2
-"""Relative Frobenius error against float32: bfloat16 operands give 1e-3 to 1e-2."""
-
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-# Interpreted kernels leave nothing to compile for: the smoke test spares the C++ compiler.
-compiled = partial(torch.compile, backend="inductor" if DEVICE.type == "cuda" else "aot_eager")
+FORWARD_ONLY = ("ours in Gluon", "FlashInfer")
 
-Prepare = Callable[[list[Tensor], list[Tensor]], Callable[[], Any]]
-"""(inputs, gradients of the outputs), both the engine's own, to the call that is timed."""
+Engines = Mapping[str, Callable[[], timing.Run]]
 
 
 @dataclass
@@ -56,70 +58,17 @@ class Case:
     """One row of the table for each engine; ``work`` is FLOPs or bytes."""
 
     labels: dict[str, str]
-    engines: Mapping[str, Prepare]
-    inputs: list[Tensor]
-    douts: list[Tensor]
+    engines: Engines
     expected: list[Tensor]
     work: float
 
 
-def forward(function: Callable) -> Prepare:
-    return lambda inputs, douts: partial(function, *inputs)
-
-
-def backward(function: Callable) -> Prepare:
-    def prepare(inputs, douts):
-        leaves = [x.requires_grad_() for x in inputs]
-        with torch.enable_grad():
-            outs = listed(function(*leaves))
-        douts = [dout.view(out.shape) for dout, out in zip(douts, outs, strict=True)]
-        return lambda: torch.autograd.grad(outs, leaves, douts, retain_graph=True)
-
-    return prepare
-
-
-DIRECTIONS = {"forward": forward, "backward": backward}
-
-
-def listed(outs: Any) -> list[Tensor]:
-    return [outs] if isinstance(outs, Tensor) else list(outs)
-
-
-def measure(case: Case, repeats: int) -> dict[str, timing.Timing]:
-    """The engines that agree with the reference, timed; the others' errors."""
-    results: dict[str, timing.Timing] = {name: {} for name in case.engines}  # in their order
-    runs = {}
-    for name, prepare in case.engines.items():
-        try:
-            # Copies: some engines write into what they get.
-            inputs, douts = ([dynamic(x.clone()) for x in tensors] for tensors in (case.inputs, case.douts))
-            run = prepare(inputs, douts)
-            errors = [relative_error(*pair) for pair in zip(listed(run()), case.expected, strict=True)]
-            worst = numpy.max(errors)  # NaN, if there is one
-            if not worst < TOLERANCE:
-                raise ValueError(f"disagrees with the reference, relative error {worst:.1e}")
-            runs[name] = run
-        except Exception as error:
-            results[name] = timing.failure(error)
-    return results | timing.compare(runs, DEVICE, repeats=repeats)
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    if found.numel() > expected.numel():  # gradients of keys that were repeated for each query head
-        found = found.float().unflatten(1, (expected.shape[1], -1)).sum(2)
-    found = found.float().reshape(expected.shape)
-    return float((found - expected).norm() / expected.norm())
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(shape, device=DEVICE, dtype=DTYPE)
-
-
-def dynamic(x: Tensor) -> Tensor:
-    """x, for torch.compile of any number of rows: one compilation in place of one for each T."""
-    if x.dim() > 1:
-        torch._dynamo.maybe_mark_dynamic(x, 0)
-    return x
+def random_arguments(make: Callable[..., tuple], *sizes: Any) -> tuple[list[Any], list[Any]]:
+    """Arguments of an operation on the device: in DTYPE, and the same numbers in float32."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        made = make(*sizes)
+    return cast(made, DTYPE, device=DEVICE), cast(made, DTYPE, torch.float32, device=DEVICE)
 
 
 def spread(tokens: int, mean: int) -> list[int]:
@@ -129,11 +78,31 @@ def spread(tokens: int, mean: int) -> list[int]:
     return [int(length) for length in numpy.diff(ends, prepend=0) if length]
 
 
+def others(kernel: str, operation: Operation) -> dict[str, Callable[..., Any]]:
+    """The contenders of an operation, without this project's own sets."""
+    return {name: f for name, f in contenders(kernel, operation).items() if not name.startswith("ops ")}
+
+
+def with_configs(prepare: Callable[[], timing.Run], owner: Any, configs: Mapping[str, Any]) -> Callable[[], timing.Run]:
+    """What runs while some of a module's lists of configurations have one entry, which is the default then."""
+
+    def prepared() -> timing.Run:
+        run = prepare()
+
+        def configured() -> Any:
+            with mock.patch.multiple(owner, **configs):
+                return run()
+
+        return configured
+
+    return prepared
+
+
 # Attention
 
 
-def attention_cases(direction: str, size: Qwen3Config, tiny: bool, tune: bool):
-    hq, hkv = size.num_attention_heads, size.num_key_value_heads
+def attention_cases(direction: str, size: Qwen3Config, tiny: bool, tune: bool) -> Iterator[Case]:
+    heads = (size.num_attention_heads, size.num_key_value_heads, size.head_dim)
     equal, totals, mean = ([(2, 16)], [40], 8) if tiny else (
         [(32, 512), (16, 1024), (4, 4096), (2, 8192), (1, 16384)], [16384, 65536], MEAN_LENGTH
     )  # fmt: skip
@@ -143,285 +112,128 @@ def attention_cases(direction: str, size: Qwen3Config, tiny: bool, tune: bool):
         batches[f"spread {total}, sorted"] = sorted(lengths, reverse=True)
         batches[f"spread {total}, random"] = lengths
     for name, lengths in batches.items():
-        torch.manual_seed(0)
-        T, cu = sum(lengths), build_cu_seqlens(lengths).to(DEVICE)
-        inputs, dout = [randn(T, hq, D), randn(T, hkv, D), randn(T, hkv, D)], randn(T, hq, D)
-        expected = attention_expected(inputs, cu, dout, direction)
-        work = 4 * D * hq * sum(n * (n + 1) // 2 for n in lengths) * (2.5 if direction == "backward" else 1)
-        engines = (attention_configs if tune else attention_engines)(direction, inputs[0], cu, lengths)
-        yield Case({"batch": name}, engines, inputs, [dout], expected, work)
+        arguments, wide = random_arguments(attention_arguments, *heads, lengths, lengths)
+        dout = torch.randn_like(arguments[0])
+        expected = attention_expected(wide, dout, direction)
+        work = OPERATIONS["attention"].work(*arguments)[1] * (2.5 if direction == "backward" else 1)
+        make = attention_configs if tune else attention_engines
+        yield Case({"batch": name}, make(direction, arguments, [dout], lengths), expected, work)
 
 
-def attention_expected(inputs: list[Tensor], cu: Tensor, dout: Tensor, direction: str) -> list[Tensor]:
-    """The reference in float32, one key head at a time: all scores at once would not fit."""
-    parts, differentiate = [], direction == "backward"
-    key_heads = inputs[1].shape[1]
-    for *head, dout_head in zip(*(x.float().chunk(key_heads, dim=1) for x in (*inputs, dout)), strict=True):
-        q, k, v = leaves = [x.clone().requires_grad_(differentiate) for x in head]
-        with torch.set_grad_enabled(differentiate):
-            out = reference.attention(q, k, v, cu, cu, 0, 0)
-        parts.append(torch.autograd.grad(out, leaves, dout_head) if differentiate else [out])
+def attention_expected(wide: list[Any], dout: Tensor, direction: str) -> list[Tensor]:
+    """The specification in float32, one key head at a time: all scores at once would not fit."""
+    parts = []
+    for *head, dout_head in zip(*(x.chunk(wide[1].shape[1], dim=1) for x in (*wide[:3], dout.float())), strict=True):
+        given = [dout_head] if direction == "backward" else []
+        leaves = [x.detach().requires_grad_() for x in head]
+        parts.append(timing.listed(timing.prepared(reference.attention, [*leaves, *wide[3:]], given)()))
     return [torch.cat(heads, dim=1) for heads in zip(*parts, strict=True)]
 
 
-def attention_engines(direction: str, q: Tensor, cu: Tensor, lengths: list[int]) -> dict[str, Prepare]:
-    longest, prepared = max(lengths), DIRECTIONS[direction]
-
-    def packed(function):
-        return prepared(lambda q, k, v: function(q, k, v, cu, cu, longest, longest))
-
-    engines = {name: packed(function) for name, function in contenders.OTHERS["attention"].items()}
-    engines = {"ours": packed(attention.attention), **engines}
-    engines["FlexAttention"] = flex(prepared, cu)
-    if direction == "forward":
-        engines["ours in Gluon"] = packed(attention_hopper.attention_hopper)
-        engines["FlashInfer"] = partial(flashinfer, cu)
-    if len(set(lengths)) == 1:
-        engines["SDPA flash"] = sdpa(prepared, SDPBackend.FLASH_ATTENTION, longest)
-        engines["SDPA cuDNN"] = sdpa(prepared, SDPBackend.CUDNN_ATTENTION, longest)
-    return engines
+def attention_engines(direction: str, arguments: list[Any], douts: list[Tensor], lengths: list[int]) -> Engines:
+    functions = {"ours": attention.attention, **others("attention", OPERATIONS["attention"])}
+    functions["ours in Gluon"] = attention_hopper.attention_hopper
+    several = len(set(lengths)) > 1
+    for name in list(functions):
+        too_large = name in ("torch eager", "torch.compile")  # all scores of a sequence at once
+        if too_large or (name in FORWARD_ONLY and direction == "backward") or (several and name.startswith("SDPA")):
+            del functions[name]
+    return timing.engines_of(functions, arguments, douts, direction)
 
 
-def sdpa(prepared: Callable[[Callable], Prepare], backend: SDPBackend, length: int) -> Prepare:
-    """One of SDPA's backends; it gets views, since they take packed strides as they are."""
-
-    def function(q, k, v):
-        grouped = q.shape[1] != k.shape[1]
-        q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
-
-    def prepare(inputs, douts):
-        try:
-            run = prepared(function)(inputs, douts)
-            run()
-            return run
-        except RuntimeError:  # no groups: keys and values for every query head, made here, outside the timed region
-            q, k, v = (x.detach() for x in inputs)
-            repeated = [x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (q, k, v)]
-            return prepared(function)(repeated, douts)
-
-    return prepare
-
-
-def flex(prepared: Callable[[Callable], Prepare], cu: Tensor) -> Prepare:
-    """One row of all tokens and a block mask of documents, also for equal lengths: one compilation for each T."""
-
-    def prepare(inputs, douts):
-        T = len(inputs[0])
-        document = torch.bucketize(torch.arange(T, dtype=cu.dtype, device=DEVICE), cu, right=True)
-        mask = flex_attention.create_block_mask(
-            lambda b, h, i, j: (document[i] == document[j]) & (i >= j), None, None, T, T, device=DEVICE
-        )
-        run = compiled(flex_attention.flex_attention, dynamic=False)
-
-        def function(*tensors):
-            batched = [x.transpose(0, 1)[None] for x in tensors]
-            return run(*batched, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
-
-        return prepared(function)(inputs, douts)
-
-    return prepare
-
-
-def flashinfer(cu: Tensor, inputs: list[Tensor], douts: list[Tensor]) -> Callable[[], Any]:
-    import flashinfer
-
-    q, k, v = inputs
-    workspace = torch.empty(2**28, dtype=torch.uint8, device=DEVICE)
-    wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
-    wrapper.plan(cu, cu, q.shape[1], k.shape[1], D, causal=True, q_data_type=q.dtype)
-    return partial(wrapper.run, q, k, v)
-
-
-def attention_configs(direction: str, q: Tensor, cu: Tensor, lengths: list[int]) -> dict[str, Prepare]:
+def attention_configs(direction: str, arguments: list[Any], douts: list[Tensor], lengths: list[int]) -> Engines:
     """Ours with each configuration; of the two backward kernels one at a time, the other as it is by default."""
-    family = attention._family(q)
-
-    def backward_with(dq, dkdv, inputs, douts):
-        q, k, v = inputs
-        out, lse = attention.attention(q, k, v, cu, cu, 0, 0, return_lse=True)
-        saved = (*douts, torch.zeros_like(lse), q, k, v, out, lse, cu, cu, True)
-        return partial(attention.attention_backward, *saved, dq, dkdv)
-
+    family, ours = attention._family(arguments[0]), attention.attention
+    forward, dq, dkdv = (attention.CONFIGS[kernel][family] for kernel in ("forward", "dq", "dkdv"))
     if direction == "forward":
-        packed: dict[str, Any] = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": 0, "max_seqlen_k": 0}
-        ours, in_gluon = attention.CONFIGS["forward"][family], attention_hopper.CONFIGS
-        engines = {str(c): partial(attention.attention, **packed, config=c) for c in ours}
-        engines |= {f"Gluon {c}": partial(attention_hopper.attention_hopper, **packed, config=c) for c in in_gluon}
-        return {name: forward(function) for name, function in engines.items()}
-    dq, dkdv = (attention.CONFIGS[kernel][family] for kernel in ("dq", "dkdv"))
+        functions = {str(c): partial(ours, config=c) for c in forward}
+        in_gluon = attention_hopper.attention_hopper
+        functions |= {f"Gluon {c}": partial(in_gluon, config=c) for c in attention_hopper.CONFIGS}
+        return timing.engines_of(functions, arguments, douts, direction)
+    prepare = partial(timing.prepared, ours, arguments, douts)
     pairs = [(config, dkdv[0]) for config in dq] + [(dq[0], config) for config in dkdv[1:]]
-    return {f"dq {a} dkdv {b}": partial(backward_with, a, b) for a, b in pairs}
+    return {
+        f"dq {a} dkdv {b}": with_configs(
+            prepare, attention, {"CONFIGS": attention.CONFIGS | {"dq": {family: (a,)}, "dkdv": {family: (b,)}}}
+        )
+        for a, b in pairs
+    }
 
 
 # Kernels that memory decides
 
 
-@dataclass
-class Rows:
-    """A memory-bound kernel on T rows: ours(*inputs, config=...), and formula(norm, *inputs) from the reference."""
+def mean_formula(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def norm_pool_mean(x: Tensor, weight: Tensor, eps: float, cu_seqlens: Tensor, dim: int, normalize: bool) -> Tensor:
+        lengths = cu_seqlens.diff()
+        sequence = torch.arange(len(lengths), device=x.device).repeat_interleave(lengths, output_size=len(x))
+        total = torch.zeros(len(lengths), dim, device=x.device).index_add(0, sequence, norm(x, weight, eps).float())
+        return F.normalize(total / lengths[:, None], dim=-1)
 
-    inputs: list[Tensor]
-    ours: Callable
-    formula: Callable
-    bytes: dict[str, int]
-    configs: tuple
-    liger: Callable | None = None
-    backward: Mapping[str, Prepare] = field(default_factory=dict)
-    """Ours backward by configuration, where it has several."""
+    return norm_pool_mean
 
 
-def rms_norm_rows(size: Qwen3Config, T: int, b: int) -> Rows:
-    def formula(norm, x, w):
-        return norm(x, w, EPS)
-
-    def gradients(config, inputs, douts):
-        return partial(rms_norm.rms_norm_backward, *douts, None, *inputs, EPS, config)
-
-    H = size.hidden_size
-    work = {"forward": 2 * T * H * b, "backward": 3 * T * H * b}
-    ours = partial(rms_norm.rms_norm, eps=EPS)
-    backward = {str(config): partial(gradients, config) for config in rms_norm.BACKWARD_CONFIGS}
-    return Rows([randn(T, H), randn(H)], ours, formula, work, rms_norm.CONFIGS, liger_norm, backward)
+def mean_work(x: Tensor, weight: Tensor, eps: float, cu_seqlens: Tensor, dim: int, normalize: bool) -> tuple[int, int]:
+    return x.nbytes + weight.nbytes + 4 * (len(cu_seqlens) - 1) * dim, 6 * x.numel()
 
 
-def add_rms_norm_rows(size: Qwen3Config, T: int, b: int) -> Rows:
-    def ours(x, w, residual, **options):
-        return rms_norm.add_rms_norm(x, w, EPS, residual, **options)
-
-    def formula(norm, x, w, residual):
-        s = x + residual
-        return norm(s, w, EPS), s
-
-    def gradients(config, inputs, douts):
-        x, w, residual = inputs
-        run = partial(rms_norm.rms_norm_backward, *douts, x + residual, w, EPS, config)
-        return lambda: [(grads := run())[0], grads[1], grads[0]]
-
-    H = size.hidden_size
-    work = {"forward": 4 * T * H * b, "backward": 4 * T * H * b}
-    backward = {str(config): partial(gradients, config) for config in rms_norm.BACKWARD_CONFIGS}
-    return Rows([randn(T, H), randn(H), randn(T, H)], ours, formula, work, rms_norm.CONFIGS, None, backward)
+def pooled(make: Callable[..., tuple], size: Qwen3Config, T: int, *rest: Any) -> tuple:
+    """Arguments of sequences of spread lengths."""
+    return make(spread(T, min(MEAN_LENGTH, T // 4)), size.hidden_size, *rest)
 
 
-def qk_norm_rope_rows(size: Qwen3Config, T: int, b: int) -> Rows:
-    def formula(norm, q, k, wq, wk):
-        return tuple(reference.rope(norm(x, w, EPS), cos, sin) for x, w in ((q, wq), (k, wk)))
-
-    def liger(q, k, wq, wk):
-        from liger_kernel.ops.rope import LigerRopeFunction
-
-        q, k = (liger_norm(x, w).transpose(0, 1)[None] for x, w in ((q, wq), (k, wk)))
-        return [x[0].transpose(0, 1) for x in LigerRopeFunction.apply(q, k, cos[None], sin[None])]
-
-    def gradients(config, inputs, douts):
-        return partial(qk_norm_rope.qk_norm_rope_backward, *douts, *inputs, EPS, cos, sin, config)
-
-    hq, hkv = size.num_attention_heads, size.num_key_value_heads
-    angles = torch.rand(T, D // 2, device=DEVICE).mul(6.28).repeat(1, 2)
-    cos, sin = (dynamic(x.to(DTYPE)) for x in (angles.cos(), angles.sin()))
-    inputs = [randn(T, hq, D), randn(T, hkv, D), randn(D), randn(D)]
-    ours = partial(qk_norm_rope.qk_norm_rope, eps=EPS, cos=cos, sin=sin)
-    work = {direction: (n * (hq + hkv) + 2) * T * D * b for direction, n in (("forward", 2), ("backward", 3))}
-    backward = {str(config): partial(gradients, config) for config in qk_norm_rope.BACKWARD_CONFIGS}
-    return Rows(inputs, ours, formula, work, qk_norm_rope.CONFIGS, liger, backward)
+def pooled_whole(size: Qwen3Config, T: int) -> tuple:
+    return pooled(norm_pool_arguments, size, T, size.hidden_size, True)
 
 
-def swiglu_rows(size: Qwen3Config, T: int, b: int) -> Rows:
-    def formula(norm, gate, up):
-        return reference.swiglu(gate, up)
-
-    inner = size.intermediate_size
-    work = {"forward": 3 * T * inner * b, "backward": 5 * T * inner * b}
-    return Rows(
-        [randn(T, inner), randn(T, inner)], swiglu.swiglu, formula, work, swiglu.CONFIGS, contenders.liger_swiglu
-    )
-
-
-def pooling_rows(kind: str, size: Qwen3Config, T: int, b: int) -> Rows:
-    """Sequences of spread lengths. Backward by the least there is to move: dx written, the rows that count read.
-
-    The torch engines, too, take the last rows before the norm.
-    """
-    H, lengths = size.hidden_size, spread(T, min(MEAN_LENGTH, T // 4))
-    N, cu = len(lengths), build_cu_seqlens(lengths).to(DEVICE)
-    last, ends = dynamic(cu[1:].long() - 1), torch.arange(N + 1, device=DEVICE)
-    sequence, count = torch.arange(N, device=DEVICE).repeat_interleave(cu.diff()), cu.diff()[:, None]
-    yes_no = torch.randn(2, H, device=DEVICE) / H**0.5
-
-    def norm_pool(norm, x, w):
-        return reference.pool(norm(x[last], w, EPS), ends, H, True)
-
-    def norm_pool_mean(norm, x, w):
-        total = torch.zeros(N, H, device=DEVICE).index_add(0, sequence, norm(x, w, EPS).float())
-        return F.normalize(total / count, dim=-1)
-
-    def norm_score(norm, x, w):
-        return reference.p_yes(reference.pool(norm(x[last], w, EPS), ends, H, False), yes_no)
-
-    pool = partial(pooling.norm_pool, eps=EPS, cu_seqlens=cu, dim=H, normalize=True)
-    score = partial(pooling.norm_score, eps=EPS, cu_seqlens=cu, direction=reference.yes_minus_no(yes_no))
-    ours, formula, read, written = {
-        "norm_pool": (pool, norm_pool, N, 4 * N * H),
-        "norm_pool_mean": (partial(pool, mean=True), norm_pool_mean, T, 4 * N * H),
-        "norm_score": (score, norm_score, N, 4 * N),
-    }[kind]
-    work = {"forward": read * H * b + written, "backward": written + (read + T) * H * b}
-    configs = pooling.MEAN_CONFIGS if kind == "norm_pool_mean" else pooling.CONFIGS
-    return Rows([randn(T, H), randn(H)], ours, formula, work, configs)
-
-
-liger_norm = partial(contenders.liger_rms_norm, eps=EPS)
-POOLING = ("norm_pool", "norm_pool_mean", "norm_score")
-ROWS: dict[str, Callable] = {
-    "rms_norm": rms_norm_rows,
-    "add_rms_norm": add_rms_norm_rows,
-    "qk_norm_rope": qk_norm_rope_rows,
-    "swiglu": swiglu_rows,
-    **{kind: partial(pooling_rows, kind) for kind in POOLING},
+MODULES = {
+    **{"rms_norm": rms_norm, "add_rms_norm": rms_norm, "qk_norm_rope": qk_norm_rope, "swiglu": swiglu},
+    **{"norm_pool": pooling, "norm_pool_mean": pooling, "norm_score": pooling},
 }
+ROWS = {name: OPERATIONS[name] for name in ("rms_norm", "add_rms_norm", "qk_norm_rope", "swiglu")}
+ROWS["norm_pool"] = replace(OPERATIONS["norm_pool"], large=pooled_whole)
+ROWS["norm_pool_mean"] = replace(ROWS["norm_pool"], specification=mean_formula(reference.rms_norm), work=mean_work)
+ROWS["norm_score"] = replace(OPERATIONS["norm_score"], large=partial(pooled, norm_score_arguments))
 
 
-def rows_cases(kernel: str, size: Qwen3Config, tiny: bool, tune: bool):
+def rows_cases(kernel: str, size: Qwen3Config, tiny: bool, tune: bool) -> Iterator[Case]:
+    operation = ROWS[kernel]
     for T in [24] if tiny else [1024, 16384, 65536]:
-        torch.manual_seed(0)
-        rows = ROWS[kernel](size, T, DTYPE.itemsize)
-        douts, expected = rows_expected(rows, torch.float32 if kernel in POOLING else DTYPE)
-        for direction, prepared in DIRECTIONS.items():
-            if tune:
-                engines = rows_configs(rows, direction)
-            else:
-                engines = {name: prepared(function) for name, function in row_functions(kernel, rows).items()}
-            if not engines:  # a backward without configurations
-                continue
-            labels = {"direction": direction, "T": str(T)}
-            yield Case(labels, engines, rows.inputs, douts, expected[direction], rows.bytes[direction])
+        arguments, wide = random_arguments(operation.large, size, T)
+        douts, expected = timing.expect(operation.specification, arguments, wide)
+        moved = operation.work(*arguments)[0]
+        gradients = sum(x.nbytes for x in arguments if isinstance(x, Tensor) and x.requires_grad)
+        if kernel == "add_rms_norm":  # in place of x and residual their sum is read, and their gradient is one
+            gradients = 0
+        work = {"forward": moved, "backward": moved + gradients}
+        for direction, results in expected.items():
+            engines = (rows_configs if tune else rows_engines)(kernel, direction, arguments, douts)
+            if engines:  # a backward may have no configurations
+                yield Case({"direction": direction, "T": str(T)}, engines, results, work[direction])
 
 
-def rows_expected(rows: Rows, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
-    """Random gradients of the outputs, in their dtype, and the reference's outputs and gradients in float32."""
-    leaves = [x.clone().float().requires_grad_() for x in rows.inputs]
-    with torch.enable_grad():
-        outs = listed(rows.formula(reference.rms_norm, *leaves))
-    douts = [torch.randn_like(out, dtype=dtype) for out in outs]
-    gradients = torch.autograd.grad(outs, leaves, [dout.float() for dout in douts])
-    return douts, {"forward": [out.detach() for out in outs], "backward": list(gradients)}
+def ours_of(kernel: str) -> Callable[..., Any]:
+    mean = kernel == "norm_pool_mean"
+    return partial(pooling.norm_pool, mean=True) if mean else getattr(MODULES[kernel], kernel)
 
 
-def rows_configs(rows: Rows, direction: str) -> Mapping[str, Prepare]:
+def rows_engines(kernel: str, direction: str, arguments: list[Any], douts: list[Tensor]) -> Engines:
+    functions = {"ours": ours_of(kernel), **others(kernel, ROWS[kernel])}
+    if kernel == "norm_pool_mean":
+        functions["torch F.rms_norm"] = mean_formula(Ops.torch().rms_norm)
+    return timing.engines_of(functions, arguments, douts, direction)
+
+
+def rows_configs(kernel: str, direction: str, arguments: list[Any], douts: list[Tensor]) -> Engines:
     """Ours with each configuration."""
+    ours, module = ours_of(kernel), MODULES[kernel]
     if direction == "forward":
-        return {str(config): forward(partial(rows.ours, config=config)) for config in rows.configs}
-    return rows.backward
-
-
-def row_functions(kernel: str, rows: Rows) -> dict[str, Callable]:
-    formula = partial(rows.formula, reference.rms_norm)
-    functions: dict[str, Callable] = {"ours": rows.ours, "torch eager": formula, "torch.compile": compiled(formula)}
-    if kernel != "swiglu":
-        functions["torch F.rms_norm"] = partial(rows.formula, Ops.torch().rms_norm)
-    return functions | ({"Liger": rows.liger} if rows.liger else {})
+        configs = pooling.MEAN_CONFIGS if kernel == "norm_pool_mean" else module.CONFIGS
+        functions = {str(config): partial(ours, config=config) for config in configs}
+        return timing.engines_of(functions, arguments, douts, direction)
+    prepare = partial(timing.prepared, ours, arguments, douts)
+    configs = getattr(module, "BACKWARD_CONFIGS", ())
+    return {str(config): with_configs(prepare, module, {"BACKWARD_CONFIGS": (config,)}) for config in configs}
 
 
 # The run
@@ -435,7 +247,7 @@ KERNELS = {
 
 def rows_of(kernel: str, model: str, case: Case, repeats: int, ceilings: dict[str, float]):
     unit, scale, ceiling = ("GB/s", 1e6, "copy_gbs") if kernel in ROWS else ("TFLOP/s", 1e9, "matmul_tflops")
-    for engine, found in measure(case, repeats).items():
+    for engine, found in timing.measure(case.engines, case.expected, DEVICE, repeats).items():
         row = {"kernel": kernel, "model": model, **case.labels, "engine": engine, **found}
         if "error" not in found:
             rate = case.work / found["p50"] / scale
@@ -466,7 +278,6 @@ def main() -> None:
         parser.error("expected a GPU; without one --tiny, with TRITON_INTERPRET=1 in the environment")
     sizes = {"tiny": TINY} if args.tiny else {model: OFFICIAL_SIZES[model] for model in args.model}
     folder = args.out or (None if args.tiny else harness.RESULTS)
-    torch._functorch.config.donated_buffer = False  # a compiled graph's backward is run many times
     environment, ceilings = harness.environment(DEVICE), vars(profiling.ceilings(DEVICE, DTYPE))
     print(environment, ceilings)
     for kernel in args.kernel:
