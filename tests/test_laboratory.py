@@ -3,12 +3,14 @@
 import json
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import torch
+import triton
 from conftest import ROOT
 
 from qwen3core import InputError, Ops, reference
@@ -381,8 +383,7 @@ class Planned:
 
 @pytest.fixture
 def timed_contenders(monkeypatch):
-    """A function of an operation's name: which ``contenders`` are timed, and why others are not; not those that are slow
-    without a GPU."""
+    """A function of an operation's name: which contenders are timed, and why others are not; none that is slow here."""
     module = SimpleNamespace(BatchPrefillWithRaggedKVCacheWrapper=Planned)
     monkeypatch.setitem(sys.modules, "flashinfer", module)
 
@@ -455,12 +456,43 @@ def test_variants_are_timed_beside_others(two_contenders, tmp_path):
     """On a CPU, whose numbers mean nothing: what is wrong or absent has none."""
     variant = Variant("mine", "swiglu", OPERATIONS["swiglu"], Ops.torch().swiglu)
     found = trial.times([variant], torch.device("cpu"), tokens=8, repeats=2)
-    assert set(found) == {"device", "before", "after", "ms", "backward_ms"}
+    assert set(found) == {"device", "before", "after", "profile", "ms", "backward_ms"}
+    assert found["profile"] == {}
     for key in ("ms", "backward_ms"):
         assert {name for name, ms in found[key].items() if "p50" in ms} == {"mine", "torch eager"}
         assert found[key]["absent"] == {"error": "not installed"}
         assert next(iter(found[key])) == "mine"
     assert "disagrees" in found["ms"]["wrong"]["error"]
+
+
+@pytest.fixture
+def profiler(monkeypatch):
+    """A stand-in for Proton, and what it is told."""
+    told: list[str] = []
+    module = SimpleNamespace(
+        start=lambda name: told.append(f"start {name}") or 7,
+        scope=lambda name: told.append(name) or nullcontext(),
+        finalize=lambda session: told.append(f"end of {session}"),
+    )
+    monkeypatch.setattr(triton, "profiler", module, raising=False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: told.append("waited"))
+    return told
+
+
+def test_a_profile_is_of_one_call_of_each(profiler, tmp_path):
+    calls = []
+    engines = {name: lambda name=name: lambda: calls.append(name) for name in "ab"}
+    path = tmp_path / "made" / "swiglu.hatchet"
+    assert timing.profile(engines, path) == {"file": str(path)}
+    assert profiler == [f"start {path.parent / 'swiglu'}", "a", "b", "waited", "end of 7"]
+    assert calls == [*"ab", *"ab"]  # once before
+    assert path.parent.is_dir()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU, which can be profiled")
+def test_a_profile_without_a_gpu_says_why_there_is_none(tmp_path):
+    found = timing.profile({"a": lambda: lambda: None}, tmp_path / "a.hatchet")
+    assert list(found) == ["error"]
 
 
 def test_gradients_are_timed_where_a_variant_has_them(two_contenders):

@@ -22,7 +22,9 @@ def register(commands: Commands) -> None:
     parser.add_argument("sources", nargs="+", metavar="FILE.py:FUNCTION", help="with the operation's signature")
     parser.add_argument("--op", help="rms_norm, ...; by default the file's OPERATION, or the function's name")
     parser.add_argument("--target", nargs="+", help="GPUs to compile for, such as sm_90; by default all")
-    parser.add_argument("--dump", type=Path, metavar="FOLDER", help="write PTX and SASS there; on a GPU the roofline")
+    parser.add_argument(
+        "--dump", type=Path, metavar="FOLDER", help="write PTX and SASS there; on a GPU roofline, profile"
+    )
     parser.add_argument("--model", help="checkpoint to put it into; by default a small one that is shipped")
     parser.add_argument("--results", type=Path, metavar="FILE.jsonl", help="append a line for each variant")
     parser.add_argument("--json", action="store_true", help="one JSON object in place of text")
@@ -49,7 +51,8 @@ def kernel(args: argparse.Namespace) -> int:
     if torch.cuda.is_available():
         for op in {variant.op for variant in variants}:
             same = [variant for variant in variants if variant.op == op]
-            timed[op] = trial.times(same, torch.device("cuda"))
+            profile = args.dump / f"{op}.hatchet" if args.dump else None
+            timed[op] = trial.times(same, torch.device("cuda"), profile=profile)
     trials = []
     for variant in variants:
         found = trial.Trial.of(variant, compiled[variant.name], timed.get(variant.op), args.model)

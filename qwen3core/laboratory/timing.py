@@ -5,6 +5,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -167,6 +168,31 @@ def failure(error: Exception) -> Timing:
     if isinstance(error, ImportError):
         return {"error": "not installed"}
     return {"error": f"{type(error).__name__}: {error}".split("\n")[0][:100]}
+
+
+def profile(engines: Mapping[str, Callable[[], Run]], path: Path) -> dict[str, str]:
+    """Write what a call of each engine launches, and for how long, as Proton's tree: {"file"}, or {"error"}.
+
+    To be read by ``proton-viewer -m time/us FILE``. Needs a GPU and triton.profiler.
+    """
+    try:
+        from triton import profiler
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        runs = {name: prepare() for name, prepare in engines.items()}
+        for run in runs.values():  # what compiles is not to be seen
+            run()
+        session = profiler.start(str(path.with_suffix("")))
+        try:
+            for name, run in runs.items():
+                with profiler.scope(name):
+                    run()
+            torch.cuda.synchronize()
+        finally:
+            profiler.finalize(session)
+    except Exception as error:
+        return failure(error)
+    return {"file": str(path)}
 
 
 def gpu_state() -> dict[str, str]:

@@ -61,9 +61,9 @@ class Trial:
     predicted_ms: dict[str, float]
     """By card, the least time for that work by roofline: by its datasheet; "measured": by this GPU's own best."""
     timed: Step
-    """{"device", "before", "after", "ms": {engine: {"p25", "p50", "p75"} or {"error"}}, "backward_ms"}: forward, and
-    the gradients alone, beside the others; of the gradients {} where no variant has them. before and after: clocks,
-    temperature and power."""
+    """{"device", "before", "after", "ms": {engine: {"p25", "p50", "p75"} or {"error"}}, "backward_ms", "profile":
+    {"file"} or {"error"}}: forward, and the gradients alone, beside the others; of the gradients {} where no variant
+    has them. before and after: clocks, temperature and power; profile: Proton's, {} where none was asked for."""
     parity: Step
     """{"ok", "title", "rows": [{"point", "max_abs", "relative", "error_transformers", "error_ours", "ok"}]}"""
     environment: dict[str, str]
@@ -154,10 +154,17 @@ def predicted(work: Step) -> dict[str, float]:
     return {name: card.seconds(work["flops"], work["bytes"]) * 1e3 for name, card in cards.items()}
 
 
-def times(variants: Sequence[Variant], device: torch.device, tokens: int = TOKENS, repeats: int = 20) -> Step:
+def times(
+    variants: Sequence[Variant],
+    device: torch.device,
+    tokens: int = TOKENS,
+    repeats: int = 20,
+    profile: Path | None = None,
+) -> Step:
     """Variants of one operation, timed beside each other and beside ``contenders``, gradients where a variant has them.
 
-    Whatever raises, or disagrees with the specification in float32, gets {"error"} in place of its time.
+    Whatever raises, or disagrees with the specification in float32, gets {"error"} in place of its time. profile: the
+    file that a Proton profile of the variants is written to.
     """
     operation, own = variants[0].operation, {v.name: v.function for v in variants}
     functions = own | contenders(variants[0].op, operation)
@@ -175,9 +182,10 @@ def times(variants: Sequence[Variant], device: torch.device, tokens: int = TOKEN
         for direction, results in expected.items():
             engines = timing.engines_of(functions, rounded, douts, direction)
             found[direction] = timing.measure(engines, results, device, repeats)
-    after = timing.gpu_state()
+        after = timing.gpu_state()
+        profiled = timing.profile(timing.engines_of(own, rounded, douts, "forward"), profile) if profile else {}
     return {
-        **{"device": device_name(device), "before": before, "after": after},
+        **{"device": device_name(device), "before": before, "after": after, "profile": profiled},
         **{"ms": found["forward"], "backward_ms": found["backward"]},
     }
 
