@@ -81,9 +81,12 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric quantisation of each row: x [N, K] to int8 [N, K] and scale [N] of x's dtype: x = int8 * scale."""
-    scale = (x.abs().amax(-1).float() / 127).clamp(min=1e-30).to(x.dtype)
-    return (x.float() / scale.float()[:, None]).round().to(torch.int8), scale
+    """Symmetric quantisation of each row: x [N, K] to int8 [N, K] and scale [N] float32, x = int8 * scale; 0 is 0.
+
+    In float16 a scale would be subnormal, or 0, for rows whose largest number is below 0.008.
+    """
+    scale = (x.abs().amax(-1).float() / 127).clamp(min=1e-30)
+    return (x.float() / scale[:, None]).round().to(torch.int8), scale
 
 
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

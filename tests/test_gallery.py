@@ -81,10 +81,10 @@ def rounding_of_swiglu_linear():
 
 
 def rounding_of_int8_norm():
-    """The scale is rounded before it divides."""
+    """The scale is not rounded."""
     x, w = (2 * torch.rand(200, 64) - 1).half(), torch.ones(64).half()
     y = reference.rms_norm(x, w, EPS)
-    late = (y.float() / (y.float().abs().amax(-1, keepdim=True) / 127)).round()
+    late = (y.float() / (y.float().abs().amax(-1, keepdim=True) / 127).half()).round()
     return int8_norm.int8_norm(*on_device((x, w, EPS), x.dtype))[0], reference.int8_rows(y)[0], late
 
 

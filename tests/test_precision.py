@@ -60,6 +60,20 @@ def test_int8_linear_rounds_to_255_steps(rows):
     assert 1e-4 < errors.max() < 0.02
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_int8_of_small_rows_and_of_zeros(dtype):
+    """Each number to within half a step, however small its row: 0.008 / 127 is below float16's normal numbers."""
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)) * 10.0 ** -torch.arange(6)[:, None]
+    x[2] = 0
+    x = x.to(dtype)
+    for quantise in (reference.int8_rows, int8.int8_rows):
+        quantized, scale = quantise(x)
+        assert scale.dtype == torch.float32
+        assert (quantized[2] == 0).all()
+        assert (quantized[[0, 1, 3, 4, 5]].abs().amax(1) == 127).all()
+        assert ((quantized * scale[:, None] - x.float()).abs() <= scale[:, None] / 2 * (1 + 1e-5)).all()
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
 @pytest.mark.parametrize("rows", [1, 14, 300, 1200])
 def test_int8_through_onednn_is_the_references(rows, dtype, tolerance):

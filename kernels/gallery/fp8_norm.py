@@ -1,7 +1,7 @@
 """RMSNorm whose rows come out in fp8 (e4m3), each with its scale, as a product of fp8 wants them. Forward only.
 
     y = cast(w * cast(x * r))            r = 1 / sqrt(mean(x^2) + eps), per row
-    s = cast(max |y| / 448)              q = e4m3(y / s)                         448: e4m3's largest number
+    s = max |y| / 448                    q = e4m3(y / s)                         448: e4m3's largest number
 
 The kernel and its bytes are those of int8_norm.py; q is rounded to nearest, ties to even. It has 4 bits of small
 numbers as of large ones, where int8 has fewer of small ones. From sm_89 on: sm_80 has no e4m3, gfx942 another one.
@@ -16,11 +16,11 @@ from torch import Tensor
 from qwen3core import reference
 from qwen3core.laboratory.operations import Operation
 
-from .int8_norm import CONFIGS, large, quantized_norm, work
+from .int8_norm import CONFIGS, large, quantized_norm, small_arguments, work
 
 
 def fp8_norm(x: Tensor, weight: Tensor, eps: float, *, config: Sequence[int] = CONFIGS[0]) -> tuple[Tensor, Tensor]:
-    """x [T, H], rows strided at will, and weight [H], one dtype: (q [T, H] float8_e4m3fn, s [T] of x's dtype).
+    """x [T, H], rows strided at will, and weight [H], one dtype: (q [T, H] float8_e4m3fn, s [T] float32).
 
     Raises InputError.
     """
@@ -29,8 +29,8 @@ def fp8_norm(x: Tensor, weight: Tensor, eps: float, *, config: Sequence[int] = C
 
 def specification(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y = reference.rms_norm(x, weight, eps)
-    scale = (y.abs().amax(-1).float() / 448).clamp(min=1e-30).to(x.dtype)
-    return (y.float() / scale.float()[:, None]).to(torch.float8_e4m3fn), scale
+    scale = (y.abs().amax(-1).float() / 448).clamp(min=1e-30)
+    return (y.float() / scale[:, None]).to(torch.float8_e4m3fn), scale
 
 
 def arguments(T: int, H: int) -> tuple:
@@ -47,6 +47,7 @@ def cases() -> Iterator[tuple[str, tuple]]:
     for T, H in ((1, 64), (33, 100), (5, 1), (3, 5000)):
         yield f"[{T}, {H}]", arguments(T, H)
     yield "no rows", arguments(0, 64)
+    yield "small rows and one of zeros", small_arguments(9, 100)
 
 
 OPERATION = Operation(specification, cases, large, work)

@@ -1,13 +1,13 @@
 """RMSNorm whose rows come out in int8, each with its scale, as a product of int8 wants them. Forward only.
 
     y = cast(w * cast(x * r))            r = 1 / sqrt(mean(x^2) + eps), per row
-    s = cast(max |y| / 127)              q = round(y / s)                        y is q * s, to within s / 2
+    s = max |y| / 127                    q = round(y / s)                        y is q * s, to within s / 2
 
 ``cast`` rounds to x's dtype, as the specification (``reference.int8_rows`` of ``reference.rms_norm``) does; all else is
-float32. q is rounded to nearest, ties to even. A program has whole rows in registers, so that y, its largest value and
-q take one pass.
+float32, s too: in float16 it would be subnormal for small rows. q is rounded to nearest, ties to even. A program has
+whole rows in registers, so that y, its largest value and q take one pass.
 
-Bytes: (b + 1) T H and b T, in place of (3 b + 1) T H in two kernels; about 8 FLOPs per element: memory decides. To be
+Bytes: (b + 1) T H and 4 T, in place of (3 b + 1) T H in two kernels; about 8 FLOPs per element: memory decides. To be
 expected: 3/7 of the time of two kernels in bfloat16, at the bandwidth of ../rms_norm.py. Source: quantisation by token
 as in SmoothQuant, arXiv:2211.10438.
 """
@@ -29,7 +29,7 @@ from ..rms_norm import CONFIGS, _sizes, _strides, normed, tile_of
 
 
 def int8_norm(x: Tensor, weight: Tensor, eps: float, *, config: Sequence[int] = CONFIGS[0]) -> tuple[Tensor, Tensor]:
-    """x [T, H], rows strided at will, and weight [H], one dtype: (q [T, H] int8, s [T] of x's dtype). InputError."""
+    """x [T, H], rows strided at will, and weight [H], one dtype: (q [T, H] int8, s [T] float32). InputError."""
     return quantized_norm("int8_norm", x, weight, eps, torch.int8, 127, config)
 
 
@@ -39,7 +39,7 @@ def quantized_norm(
     """The launch, for rows of a dtype whose largest number is ``largest``."""
     forward_only(op, x, weight)
     check(op, eps=eps, x=(x, "T H"), weight=(weight, "H"))
-    q, scale = x.new_empty(x.shape, dtype=dtype), x.new_empty(len(x))
+    q, scale = x.new_empty(x.shape, dtype=dtype), x.new_empty(len(x), dtype=torch.float32)
     sizes = _sizes(x, config)
     grid = (triton.cdiv(sizes["R"], sizes["ROWS"]),)
     launch(quantized_norm_kernel, grid, x, _strides(x), weight, q, scale, eps=eps, LARGEST=largest, **sizes)
@@ -54,10 +54,10 @@ def quantized_norm_kernel(x_ptr, strides, weight_ptr, q_ptr, scale_ptr, R, B, ep
     column = tl.arange(0, BLOCK_H)
     weight = tl.load(weight_ptr + column, mask=column < H, other=0.0)
     y = normed(x, weight, eps, H)[0]
-    scale = tl.maximum(tl.div_rn(tl.max(tl.abs(y), axis=1), LARGEST * 1.0), 1e-30).to(x.dtype)
+    scale = tl.maximum(tl.div_rn(tl.max(tl.abs(y), axis=1), LARGEST * 1.0), 1e-30)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     tl.store(scale_ptr + row, scale, mask=row < R)
-    q = tl.div_rn(y, scale.to(tl.float32)[:, None])
+    q = tl.div_rn(y, scale[:, None])
     if q_ptr.dtype.element_ty == tl.int8:
         # To nearest, ties to even, as every float32 sum is rounded: 1.5 * 2^23 leaves no bits for a fraction.
         q = q + 12582912.0 - 12582912.0
@@ -76,10 +76,18 @@ def arguments(T: int, H: int) -> tuple:
     return y / weight * (0.1 + torch.rand(T, 1, dtype=torch.float64)), weight, 1e-6
 
 
+def small_arguments(T: int, H: int) -> tuple:
+    """Rows whose scale is below what float16 has, and one whose scale is 0."""
+    x = torch.randn(T, H, dtype=torch.float64)
+    x[1] = 0
+    return x, torch.full((H,), 2.0**-14, dtype=torch.float64), 1e-6
+
+
 def cases() -> Iterator[tuple[str, tuple]]:
     for T, H in ((1, 64), (33, 100), (5, 1), (3, 5000)):
         yield f"[{T}, {H}]", arguments(T, H)
     yield "no rows", arguments(0, 64)
+    yield "small rows and one of zeros", small_arguments(9, 100)
 
 
 def large(config: Qwen3Config, tokens: int) -> tuple:
@@ -88,7 +96,7 @@ def large(config: Qwen3Config, tokens: int) -> tuple:
 
 
 def work(x: Tensor, weight: Tensor, eps: float) -> tuple[int, int]:
-    return x.nbytes + weight.nbytes + len(x) * x.element_size() + x.numel(), 8 * x.numel()
+    return x.nbytes + weight.nbytes + 4 * len(x) + x.numel(), 8 * x.numel()
 
 
 OPERATION = Operation(specification, cases, large, work)
