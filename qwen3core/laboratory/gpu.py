@@ -1,15 +1,20 @@
 """A GPU's arithmetic, modelled in numpy by what its makers document and others measured: sm_90, float32 results.
 
 Functions and division err within their documented bounds, by how much is drawn from a seed and the operands' bits: the
-same operands err the same way everywhere, as on a GPU. Which instruction a function becomes was read from the PTX of
-Triton 3.9 for sm_90; bounds are those of the PTX ISA, for log, sin and cos (libdevice) of the CUDA programming guide.
+same operands err the same way everywhere, as on a GPU; how errors spread within a bound is documented nowhere. Which
+instruction a function becomes was read from the PTX of Triton 3.9 for sm_90. Bounds are those of the PTX ISA 9.1
+(sections 9.7.3.8 div, 9.7.3.15 sqrt, 9.7.3.16 rsqrt, 9.7.3.21 ex2), and for log, sin and cos, which are libdevice's,
+of the CUDA C++ programming guide, "Mathematical Functions", which found them by tests and does not guarantee them.
 
 Products of float16, bfloat16 and TF32 numbers are summed as Hopper's tensor cores were found to do it (MMA-Sim,
-arXiv:2511.10909): those of one instruction along K (16, of TF32 8) and the accumulator are aligned to the largest
-exponent among them, cut two bits below float32's last, added exactly, and the sum is cut to float32. Products of
-float32 with input_precision="ieee" are fused multiply-adds, one after another along K.
+arXiv:2511.10909, and its simulator of wgmma: 25 bits, TF32 by truncation): those of one instruction along K (16, of
+TF32 8) and the accumulator are aligned to the largest exponent among them, a subnormal operand's being that of its
+format's smallest normal number, cut two bits below float32's last, added exactly, and the sum is cut to float32.
+Products of float32 with input_precision="ieee" are fused multiply-adds, one after another along K: for that order no
+source was found.
 
-Not modelled: the order of sums in tl.sum, multiplications and additions that the compiler fuses, other cards.
+Not modelled: the order of sums in tl.sum, multiplications and additions that the compiler fuses, other cards; that a
+product with 0 may have an exponent above the others'.
 """
 
 from collections.abc import Callable
@@ -18,15 +23,19 @@ from typing import Any
 import numpy
 from numpy import ndarray
 
-SMALLEST = 2.0**-126
-"""The smallest normal float32; instructions with .ftz take and give 0 for what is smaller."""
+LEAST = -126
+"""The exponent of the smallest normal number of float32, and of bfloat16 and TF32."""
+
+SMALLEST = 2.0**LEAST
+"""That number; instructions with .ftz take and give 0 for what is smaller."""
 
 FRACTION_BITS = 25
 """Bits below the largest exponent that survive the alignment in a tensor core."""
 
 
 def ulps(n: float) -> Callable[[ndarray], ndarray]:
-    return lambda near: n * numpy.spacing(abs(near))
+    """n from the correctly rounded result, as both documents count: half of one more from the exact one."""
+    return lambda near: (n + 0.5) * numpy.spacing(abs(near))
 
 
 def relative(bound: float) -> Callable[[ndarray], ndarray]:
@@ -93,16 +102,19 @@ def fma_dot(a: ndarray, b: ndarray, d: ndarray) -> ndarray:
     return d
 
 
-def tensor_core_dot(a: ndarray, b: ndarray, d: ndarray, length: int) -> ndarray:
-    """d + a b, [..., M, K], [..., K, N] and float32 [..., M, N], ``length`` products along K at a time, to float32."""
+def tensor_core_dot(a: ndarray, b: ndarray, d: ndarray, length: int, least: int = LEAST) -> ndarray:
+    """d + a b, [..., M, K], [..., K, N] and float32 [..., M, N], ``length`` products along K at a time, to float32.
+
+    least: the exponent of the smallest normal number of a's and b's format.
+    """
     for k in range(0, a.shape[-1], length):
-        d = fused_sum(a[..., k : k + length], b[..., k : k + length, :], d)
+        d = fused_sum(a[..., k : k + length], b[..., k : k + length, :], d, least)
     return d
 
 
-def fused_sum(a: ndarray, b: ndarray, d: ndarray) -> ndarray:
+def fused_sum(a: ndarray, b: ndarray, d: ndarray, least: int) -> ndarray:
     """d + a b to float32 as one instruction of a tensor core: aligned, cut, added, cut."""
-    exponents = exponent(a)[..., :, :, None] + exponent(b)[..., None, :, :]
+    exponents = exponent(a, least)[..., :, :, None] + exponent(b, least)[..., None, :, :]
     largest = numpy.maximum(exponents.max(-2), exponent(d))
     unit = numpy.ldexp(1.0, numpy.maximum(largest, -300) - FRACTION_BITS)
     with numpy.errstate(invalid="ignore", over="ignore"):
@@ -111,9 +123,9 @@ def fused_sum(a: ndarray, b: ndarray, d: ndarray) -> ndarray:
         return cut(total * unit)
 
 
-def exponent(x: ndarray) -> ndarray:
-    """e of x = m 2^e, 1 <= |m| < 2; of 0 less than any other's."""
-    return numpy.where(x == 0, -1000, numpy.frexp(x)[1] - 1)
+def exponent(x: ndarray, least: int = LEAST) -> ndarray:
+    """e of x = m 2^e, 1 <= |m| < 2, at least ``least``; of 0 less than any other's."""
+    return numpy.where(x == 0, -1000, numpy.maximum(numpy.frexp(x)[1] - 1, least))
 
 
 def cut(x: ndarray) -> ndarray:

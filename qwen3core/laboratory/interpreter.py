@@ -303,7 +303,7 @@ def modelled_dot(original: Callable) -> Callable:
         if dtype.is_int():
             return original(self, a, b, d, input_precision, max_num_imprecise_acc)
         if d.dtype.scalar == tl.float32 and dtype in (tl.float16, tl.bfloat16):
-            data = gpu.tensor_core_dot(x, y, z, 16)
+            data = gpu.tensor_core_dot(x, y, z, 16, -14 if dtype == tl.float16 else gpu.LEAST)
         elif dtype == tl.float32 and input_precision == ir.INPUT_PRECISION.IEEE:
             data = gpu.fma_dot(x, y, z)
         elif dtype == tl.float32 and input_precision == ir.INPUT_PRECISION.TF32:
