@@ -1,10 +1,12 @@
 """The comparison with other engines runs, on small checkpoints; bench/README.md holds the tables of the results."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from conftest import ROOT
 
 from bench import engines, report, workloads
 from bench.worker import Failed, Worker
+from qwen3core.kernels import rms_norm
 from qwen3core.laboratory import timing
 
 
@@ -48,6 +51,39 @@ def test_quick_bench_runs(workload, label, rows):
 @pytest.mark.slow
 def test_quick_bench_of_growth_runs():
     assert sum({"growth", "qwen3core"} <= cells for cells in quick_engines("growth")) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "forward", "backward"),
+    [
+        (["swiglu"], ["ours", "torch eager", "torch.compile"], ["ours", "torch eager", "torch.compile"]),
+        pytest.param(
+            ["rms_norm", "--tune"], map(str, rms_norm.CONFIGS), map(str, rms_norm.BACKWARD_CONFIGS),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_bench_of_kernels_runs(options, forward, backward):
+    """Interpreted, in minute sizes: each engine agrees with the specification, or is not installed."""
+    command = [sys.executable, "bench/bench_kernels.py", "--tiny", "--kernel", *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith(f"| {options[0]} ")]
+    found = {(row[2], row[4]) for row in rows if row[5] != "not installed"}
+    expected = {"forward": forward, "backward": backward}
+    assert found == {(direction, engine) for direction, engines in expected.items() for engine in engines}
+    for row in rows:
+        assert row[5] == "not installed" or float(row[6]) > 0
+
+
+def test_configurations_are_a_modules_while_a_kernel_runs(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import bench_kernels
+
+    owner = SimpleNamespace(CONFIGS=(1, 2))
+    run = bench_kernels.with_configs(lambda: lambda: owner.CONFIGS, owner, {"CONFIGS": (2,)})()
+    assert (owner.CONFIGS, run(), owner.CONFIGS) == ((1, 2), (2,), (1, 2))
 
 
 # A worker runs in a copy of this process's environment, and opens a stand-in in place of an engine.
