@@ -513,12 +513,14 @@ def test_the_roofline_is_drawn(tmp_path):
     timed = {
         "device": "a GPU",
         "ms": {"mine": {"p25": 1.0, "p50": 1.0, "p75": 1.0}, "absent": {"error": "not installed"}},
+        "profile": {"error": "no CUPTI"},
     }
     report = check_op(reference.swiglu, "swiglu", [])
     found = trial.Trial("f.py:mine", None, "swiglu", True, report, [], work, {}, timed, {"error": "not run"}, {})
     trial.draw([found], tmp_path / "roofline.png")
     assert (tmp_path / "roofline.png").read_bytes()[:4] == b"\x89PNG"
     assert "| forward | mine | 1 | 1 | 1 |" in str(found)
+    assert "profile, error: no CUPTI" in str(found)
 
 
 @pytest.mark.parametrize("op", OPERATIONS)

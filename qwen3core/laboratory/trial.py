@@ -89,6 +89,7 @@ class Trial:
                     ],
                     self.timed.get("error", ""),
                 ),
+                *(f"profile, {key}: {found}" for key, found in self.timed.get("profile", {}).items()),
                 f"parity: {self.parity.get('error') or self.parity['title'] + ': ' + self._worst()}",
             ]
         )
