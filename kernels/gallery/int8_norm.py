@@ -77,8 +77,8 @@ def arguments(T: int, H: int) -> tuple:
 
 
 def small_arguments(T: int, H: int) -> tuple:
-    """Rows whose scale is below what float16 has, and one whose scale is 0."""
-    x = torch.randn(T, H, dtype=torch.float64)
+    """Rows to which eps matters, whose scale is below what float16 has, and one whose scale is 0."""
+    x = 1e-3 * torch.randn(T, H, dtype=torch.float64)
     x[1] = 0
     return x, torch.full((H,), 2.0**-14, dtype=torch.float64), 1e-6
 
