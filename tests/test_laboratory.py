@@ -469,11 +469,16 @@ def test_variants_are_timed_beside_others(two_contenders, tmp_path):
 def profiler(monkeypatch):
     """A stand-in for Proton, and what it is told."""
     told: list[str] = []
-    module = SimpleNamespace(
-        start=lambda name: [told.append(f"start {name}"), 7][1],
-        scope=lambda name: nullcontext(told.append(name)),
-        finalize=lambda session: told.append(f"end of {session}"),
-    )
+
+    def start(name):
+        told.append(f"start {name}")
+        return 7
+
+    def scope(name):
+        told.append(name)
+        return nullcontext()
+
+    module = SimpleNamespace(start=start, scope=scope, finalize=lambda session: told.append(f"end of {session}"))
     monkeypatch.setattr(triton, "profiler", module, raising=False)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: told.append("waited"))
     return told
