@@ -18,6 +18,7 @@ TOOLS = (
     "explaining",
     "laboratory",
     "profiling",
+    "serving",
     "commands",
     "weights.synthesize",
     "weights.merge",

@@ -1,0 +1,117 @@
+"""What a request says, as work of ``batching.py``: the sequences and prefixes of ``Embedder`` and ``Reranker``."""
+
+from collections.abc import Sequence
+from functools import partial
+
+from torch import Tensor
+
+from ..batch import Prefix
+from ..embedder import Embedder
+from ..errors import InputError
+from ..pretrained import Pretrained
+from ..prompts import FIELDS
+from ..reference import cut
+from ..reranker import Reranker
+from .batching import Work
+
+Ids = list[int]
+
+
+def embedding(
+    embedder: Embedder,
+    inputs: Sequence[str] | Sequence[Ids],
+    *,
+    task: str | None = None,
+    prompt_name: str | None = None,
+    instruction: str | None = None,
+    dim: int | None = None,
+    truncate: bool = False,
+) -> Work:
+    """What ``encode`` computes of texts; ``encode_query`` and ``encode_document`` for their task.
+
+    inputs: or token ids of texts, with or without the tokens that the checkpoint puts around a text; those of the
+    prompt are put before them. dim: length of the vectors. truncate: cut what is longer than ``max_length``.
+
+    Raises InputError, whose message begins with the field.
+    """
+    layout, width = embedder.layout, embedder.layout.width(embedder.model.config.hidden_size)
+    if dim is not None and dim > width:
+        raise InputError(f"dimensions: expected an integer from 1 to {width}, found {dim}")
+    if task == "query" or instruction is not None:
+        prompt = embedder.query_prompt(instruction)
+    else:
+        prompt = embedder._prompt(task or prompt_name)
+    tokenizer, prefix = embedder.tokenizer, embedder._prefix(prompt)
+    if isinstance(inputs[0], str):
+        token_ids = tokenizer.encode([f"{prompt}{text}" for text in inputs])
+    else:
+        token_ids = [[*prefix[len(tokenizer.opening) :], *_alone(embedder, ids)] for ids in inputs]
+    token_ids = _fitting(embedder, "input", token_ids, tokenizer.opening, tokenizer.closing, truncate)
+    prompt_length = 0 if layout.include_prompt or not prompt else embedder._prompt_length(prefix)
+    dim = dim or min(layout.truncate_dim or width, width)
+    return Work(
+        embedder,
+        tokenizer.close(token_ids, embedder.max_length),
+        [prefix] * len(token_ids),
+        {"normalize": False, "prompt_length": prompt_length},
+        partial(cut, dim=dim, normalize=layout.normalize),
+    )
+
+
+def _alone(embedder: Embedder, ids: Ids) -> Ids:
+    """A text's ids without the tokens that the checkpoint puts around a text."""
+    opening, closing = embedder.tokenizer.opening, embedder.tokenizer.closing
+    ids = ids[len(opening) :] if opening and ids[: len(opening)] == opening else ids
+    return ids[: -len(closing)] if closing and ids[-len(closing) :] == closing else ids
+
+
+def ranking(
+    reranker: Reranker,
+    pairs: Sequence[tuple[str, str]],
+    weight: Tensor | None,
+    *,
+    instruction: str | None = None,
+    logit: bool = False,
+    truncate: bool = False,
+    field: str = "documents",
+) -> Work:
+    """What ``predict`` computes of (query, document) pairs.
+
+    weight: of ``Qwen3Model.score_weight``. logit: the score before the sigmoid. field: what the request calls the
+    documents.
+
+    Raises InputError, whose message begins with the field.
+    """
+    tokenizer, template = reranker.tokenizer, reranker.tokenizer.template
+    if instruction is not None and FIELDS[0] not in template.body:
+        raise InputError("instruction: expected none, for which this checkpoint's template has no place")
+    task = reranker.layout.instruction if instruction is None else instruction
+    queries = {query for query, _ in pairs}
+    [start] = tokenizer.encode([template.start(task, *(queries if len(pairs) > len(queries) == 1 else ()))])
+    token_ids = tokenizer.encode([template.fill(task, query, document) for query, document in pairs])
+    token_ids = _fitting(reranker, field, token_ids, tokenizer.prefix, tokenizer.suffix, truncate)
+    prefix: Prefix = (*tokenizer.prefix, *start)
+    return Work(
+        reranker,
+        tokenizer.apply_template(token_ids, reranker.max_length),
+        [prefix] * len(pairs),
+        {"weight": weight, "logit": logit},
+    )
+
+
+def _fitting(
+    pretrained: Pretrained, field: str, token_ids: list[Ids], before: Ids, after: Ids, truncate: bool
+) -> list[Ids]:
+    """Token ids that leave place for those around them: cut, or all short enough. Raises InputError."""
+    around, rows = len(before) + len(after), pretrained.model.embed_tokens.num_embeddings
+    for index, ids in enumerate(token_ids):
+        if len(ids) + around > pretrained.max_length and not truncate:
+            raise InputError(
+                f"{field}.{index}: expected at most {pretrained.max_length} tokens, or truncate: true, found "
+                f"{len(ids) + around}"
+            )
+        if len(ids) + around == 0:
+            raise InputError(f"{field}.{index}: expected at least one token, found none: this checkpoint adds none")
+        if ids and max(ids) >= rows:
+            raise InputError(f"{field}.{index}: expected token ids below {rows}, found {max(ids)}")
+    return [ids[: pretrained.max_length - around] for ids in token_ids]
