@@ -224,7 +224,8 @@ LONG = "bread " * 600
     [
         ("/v1/embeddings", b'{"input": "x"', 400, None, "body: expected JSON"),
         ("/v1/embeddings", b"[" * 30000, 400, None, "body"),
-        ("/v1/embeddings", b'{"input": "\\ud800"}', 422, "input", "input: "),
+        ("/v1/embeddings", b'{"input": "\\ud800"}', 422, "input", "input: expected Unicode text, found a lone surr"),
+        ("/v1/embeddings", b'{"input": "x", "\\ud800": 1}', 422, "body", "body: input should be a valid string"),
         ("/v1/embeddings", [], 422, "body", "body: "),
         ("/v1/embeddings", {}, 422, "input", "input: field required"),
         ("/v1/embeddings", {"input": []}, 422, "input", "input: list should have at least 1 item"),

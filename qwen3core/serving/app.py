@@ -296,7 +296,8 @@ def _validation_error(_: Request, error: Any) -> Response:
     if first["type"] == "json_invalid":
         return ApiError(400, f"body: expected JSON, found something else at character {first['loc'][1]}").response()
     name = ".".join(str(part) for part in first["loc"][1:] if not str(part).startswith("<")) or "body"
-    return ApiError(422, f"{name}: {first['msg'][:1].lower()}{first['msg'][1:]}", param=name).response()
+    message = first["msg"].removeprefix("Value error, text: ")
+    return ApiError(422, f"{name}: {message[:1].lower()}{message[1:]}", param=name).response()
 
 
 def _http_error(_: Request, error: Any) -> Response:

@@ -2,11 +2,20 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+
+from ..errors import check_unicode
 
 MAX_ITEMS = 2048
 """Texts of a request, as OpenAI has it."""
 
+
+def _unicode(value: str) -> str:
+    check_unicode("text", value)
+    return value
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
@@ -19,18 +28,18 @@ def _kind(value: Any) -> str:
 
 
 Input = Annotated[
-    Annotated[str, Tag("<text>")]
-    | Annotated[list[str], Field(min_length=1, max_length=MAX_ITEMS), Tag("<texts>")]
+    Annotated[Text, Tag("<text>")]
+    | Annotated[list[Text], Field(min_length=1, max_length=MAX_ITEMS), Tag("<texts>")]
     | Annotated[TokenIds, Tag("<ids>")]
     | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_ITEMS), Tag("<lists of ids>")],
     Discriminator(_kind),
 ]
 Texts = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[list[str], Field(min_length=1, max_length=MAX_ITEMS), Tag("<texts>")],
+    Annotated[Text, Tag("<text>")] | Annotated[list[Text], Field(min_length=1, max_length=MAX_ITEMS), Tag("<texts>")],
     Discriminator(lambda value: "<texts>" if isinstance(value, list) else "<text>"),
 ]
-Model = Annotated[str | None, Field(description="A name of /v1/models; by default the first that fits.")]
-Instruction = Annotated[str | None, Field(description="The task, in one sentence; by default the checkpoint's.")]
+Model = Annotated[Text | None, Field(description="A name of /v1/models; by default the first that fits.")]
+Instruction = Annotated[Text | None, Field(description="The task, in one sentence; by default the checkpoint's.")]
 
 
 class Body(BaseModel):
@@ -48,23 +57,23 @@ class EmbeddingRequest(Body):
     encoding_format: Annotated[Literal["float", "base64"], Field(description="base64: of little-endian float32.")] = (
         "float"
     )
-    user: Annotated[str | None, Field(description="Not used.")] = None
+    user: Annotated[Text | None, Field(description="Not used.")] = None
     input_type: Annotated[Literal["query", "document"] | None, Field(description="Whose prompt is put before.")] = None
-    prompt_name: Annotated[str | None, Field(description="A prompt of the checkpoint's.")] = None
-    instruction: Annotated[str | None, Field(description="The input is queries, of this task, in a sentence.")] = None
+    prompt_name: Annotated[Text | None, Field(description="A prompt of the checkpoint's.")] = None
+    instruction: Annotated[Text | None, Field(description="The input is queries, of this task, in a sentence.")] = None
     truncate: Annotated[bool, Field(description="Cut inputs that are too long, in place of an error.")] = False
 
 
 class Document(Body):
     """A document as an object."""
 
-    text: str
+    text: Text
 
 
 Documents = Annotated[
     list[
         Annotated[
-            Annotated[str, Tag("<text>")] | Annotated[Document, Tag("<object>")],
+            Annotated[Text, Tag("<text>")] | Annotated[Document, Tag("<object>")],
             Discriminator(lambda value: "<object>" if isinstance(value, dict | Document) else "<text>"),
         ]
     ],
@@ -75,7 +84,7 @@ Documents = Annotated[
 class RerankRequest(Body):
     """Cohere's and Jina's; documents that are too long lose their end, as theirs do."""
 
-    query: str
+    query: Text
     documents: Documents
     model: Model = None
     top_n: Annotated[int | None, Field(ge=1, description="Only the best.")] = None
@@ -87,8 +96,8 @@ class RerankRequest(Body):
 class TextsRerankRequest(Body):
     """That of text-embeddings-inference."""
 
-    query: str
-    texts: Annotated[list[str], Field(min_length=1, max_length=MAX_ITEMS)]
+    query: Text
+    texts: Annotated[list[Text], Field(min_length=1, max_length=MAX_ITEMS)]
     model: Model = None
     raw_scores: Annotated[bool, Field(description="Scores before the sigmoid.")] = False
     return_text: bool = False
@@ -115,7 +124,7 @@ class ScoreRequest(Body):
 class TokenizeRequest(Body):
     """vLLM's."""
 
-    prompt: str
+    prompt: Text
     model: Model = None
     add_special_tokens: Annotated[bool, Field(description="With what is put around an embedding input.")] = True
 
