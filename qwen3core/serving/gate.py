@@ -118,6 +118,8 @@ class Gate:
                 more = True
                 while more:
                     message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ApiError(CLIENT_GONE, "the client has left")
                     body += message.get("body", b"")
                     more = message.get("more_body", False)
                     if len(body) > self.max_body:

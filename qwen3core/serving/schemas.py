@@ -16,6 +16,7 @@ def _unicode(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_unicode)]
+Many = Annotated[list[Text], Field(min_length=1, max_length=MAX_ITEMS)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
@@ -29,13 +30,13 @@ def _kind(value: Any) -> str:
 
 Input = Annotated[
     Annotated[Text, Tag("<text>")]
-    | Annotated[list[Text], Field(min_length=1, max_length=MAX_ITEMS), Tag("<texts>")]
+    | Annotated[Many, Tag("<texts>")]
     | Annotated[TokenIds, Tag("<ids>")]
     | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_ITEMS), Tag("<lists of ids>")],
     Discriminator(_kind),
 ]
 Texts = Annotated[
-    Annotated[Text, Tag("<text>")] | Annotated[list[Text], Field(min_length=1, max_length=MAX_ITEMS), Tag("<texts>")],
+    Annotated[Text, Tag("<text>")] | Annotated[Many, Tag("<texts>")],
     Discriminator(lambda value: "<texts>" if isinstance(value, list) else "<text>"),
 ]
 Model = Annotated[Text | None, Field(description="A name of /v1/models; by default the first that fits.")]
@@ -97,7 +98,7 @@ class TextsRerankRequest(Body):
     """That of text-embeddings-inference."""
 
     query: Text
-    texts: Annotated[list[Text], Field(min_length=1, max_length=MAX_ITEMS)]
+    texts: Many
     model: Model = None
     raw_scores: Annotated[bool, Field(description="Scores before the sigmoid.")] = False
     return_text: bool = False
