@@ -111,7 +111,7 @@ class Batcher:
         self.unfinished = 0
         """Requests that were taken and have no answer yet."""
         self._waiting: deque[_Job] = deque()
-        self._changed = threading.Condition(threading.RLock())  # a future may be cancelled by who holds it
+        self._changed = threading.Condition()
         self._tokeniser = ThreadPoolExecutor(1, "tokenise")
         self._thread = threading.Thread(target=self._run, name="compute", daemon=True)
         self._thread.start()
