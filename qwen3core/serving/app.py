@@ -17,12 +17,13 @@ from starlette.exceptions import HTTPException
 
 from ..embedder import Embedder
 from ..errors import CheckpointError, InputError
+from ..pretrained import Pretrained
 from ..reranker import Reranker, ranked
 from . import requests, schemas
 from .batching import Batcher, Closed, QueueFull, Result, Work
 from .gate import CLIENT_GONE, ApiError, Gate, Metrics
 
-Kind = TypeVar("Kind", Embedder, Reranker)
+Kind = TypeVar("Kind", bound=Pretrained)
 DESCRIPTIONS = {
     400: "The body is not JSON",
     401: "The key is missing or wrong",
@@ -57,15 +58,15 @@ class Service:
             if len(model.layout.labels) > 1 or (isinstance(model, Embedder) and not model.layout.pooling):
                 raise CheckpointError(f"{name}: expected one vector or one score a text, found {model.layout}")
 
-    def find(self, name: str | None, *kinds: type[Kind]) -> tuple[str, Kind]:
-        """The model of this name, or the first of these kinds. Raises ApiError."""
+    def find(self, name: str | None, kind: type[Kind]) -> tuple[str, Kind]:
+        """The model of this name, or the first of this kind. Raises ApiError."""
         if name is not None and name not in self.models:
             expected = f"model: expected one of {', '.join(self.models)}"
             raise ApiError(404, f"{expected}, found {name!r}", param="model", code="model_not_found")
         for found, model in self.models.items():
-            if isinstance(model, kinds) and name in (None, found):
+            if isinstance(model, kind) and name in (None, found):
                 return found, model
-        raise ApiError(422, f"model: expected one for the job {kinds[0].jobs[0]!r}, found {name!r}", param="model")
+        raise ApiError(422, f"model: expected one for the job {kind.jobs[0]!r}, found {name!r}", param="model")
 
     async def compute(self, request: Request, prepare: Callable[[], Work]) -> Result:
         """A request's results, unless its client leaves before. Raises ApiError, InputError."""
@@ -152,7 +153,7 @@ async def models(request: Request) -> schemas.ModelList:
 @openai.get("/v1/models/{name:path}")
 async def model(request: Request, name: str) -> schemas.ModelCard:
     """One of them."""
-    found, _ = _service(request).find(name, Embedder, Reranker)
+    found, _ = _service(request).find(name, Pretrained)
     return _card(_service(request), found)
 
 
@@ -219,7 +220,7 @@ async def score(request: Request, body: schemas.ScoreRequest) -> schemas.ScoreRe
 @others.post("/tokenize")
 async def tokenize(request: Request, body: schemas.TokenizeRequest) -> schemas.TokenizeResponse:
     """A text's token ids, in the shape of vLLM's."""
-    _, model = _service(request).find(body.model, Embedder, Reranker)
+    _, model = _service(request).find(body.model, Pretrained)
     tokenizer = model.tokenizer
     [ids] = await asyncio.to_thread(tokenizer.encode, [body.prompt])
     if body.add_special_tokens and isinstance(model, Embedder):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -19,7 +20,7 @@ Ids = list[int]
 
 def embedding(
     embedder: Embedder,
-    inputs: Sequence[str] | Sequence[Ids],
+    inputs: Sequence[Any],
     *,
     task: str | None = None,
     prompt_name: str | None = None,
@@ -29,8 +30,8 @@ def embedding(
 ) -> Work:
     """What ``encode`` computes of texts; ``encode_query`` and ``encode_document`` for their task.
 
-    inputs: or token ids of texts, with or without the tokens that the checkpoint puts around a text; those of the
-    prompt are put before them. dim: length of the vectors. truncate: cut what is longer than ``max_length``.
+    inputs: texts; or token ids of texts, with or without the tokens that the checkpoint puts around a text, and those
+    of the prompt are put before them. dim: length of the vectors. truncate: cut what is longer than ``max_length``.
 
     Raises InputError, whose message begins with the field.
     """
