@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import prometheus_client
@@ -92,8 +93,9 @@ class Service:
         """The reranker's name, and its scores of the pairs."""
         name, reranker = self.find(body.model, Reranker)
         options = {"instruction": body.instruction, "truncate": body.truncate, "logit": logit, "field": field}
-        prepare = lambda: requests.ranking(reranker, pairs, self.weights[name], **options)  # noqa: E731
-        return name, await self.compute(request, prepare)
+        return name, await self.compute(
+            request, partial(requests.ranking, reranker, pairs, self.weights[name], **options)
+        )
 
 
 async def _left(request: Request) -> None:
@@ -119,13 +121,16 @@ async def embeddings(request: Request, body: schemas.EmbeddingRequest) -> Respon
     """Vectors of texts, as ``encode`` gives them."""
     service = _service(request)
     name, embedder = service.find(body.model, Embedder)
-    if isinstance(body.input, str) or isinstance(body.input[0], int):
-        inputs: Any = [body.input]
-    else:
-        inputs = body.input
-    options = {"task": body.input_type, "prompt_name": body.prompt_name, "instruction": body.instruction}
-    prepare = lambda: requests.embedding(  # noqa: E731
-        embedder, inputs, dim=body.dimensions, truncate=body.truncate, **options
+    single = isinstance(body.input, str) or isinstance(body.input[0], int)
+    prepare = partial(
+        requests.embedding,
+        embedder,
+        [body.input] if single else body.input,
+        task=body.input_type,
+        prompt_name=body.prompt_name,
+        instruction=body.instruction,
+        dim=body.dimensions,
+        truncate=body.truncate,
     )
     result = await service.compute(request, prepare)
     content = await asyncio.to_thread(_embedding_response, name, result, body.encoding_format == "base64")
