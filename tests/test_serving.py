@@ -23,7 +23,7 @@ import pytest
 import uvicorn
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
-from tolerances import SAME_TEXT_FP32
+from tolerances import SAME_TEXT_FP32, SERVER_GROWTH
 
 from qwen3core import Embedder, Reranker, pack
 from qwen3core.commands import arguments, main
@@ -33,8 +33,6 @@ from qwen3core.serving.batching import Batcher, Closed, QueueFull, Work
 
 TEXTS = ["the violin is an instrument", "rain fell on the roof", "", "北京 is a city", "bread " * 90]
 QUERY = "a musical instrument"
-GROWN_MEMORY = 40
-"""MiB by which a server may grow after its first fifth of a soak; one that forgets nothing grows by hundreds."""
 
 
 @pytest.fixture(scope="module")
@@ -689,4 +687,4 @@ def test_soak(embedder, reranker):
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == -signal.SIGTERM
         assert "Error" not in process.stderr.read()
-    assert memory[-1] - memory[0] < GROWN_MEMORY
+    assert memory[-1] - memory[0] < SERVER_GROWTH

@@ -53,3 +53,6 @@ COMPLETENESS = 0.01
 # What heads and MLPs add to a logit or a cosine, float32, against the model's own: the same sum in another order, of
 # terms up to 5. Seen: 1e-6.
 CONTRIBUTIONS = 1e-4
+
+# MiB by which a server's memory may grow after the first fifth of a soak: the allocator's own, of batches of any shape.
+SERVER_GROWTH = 40

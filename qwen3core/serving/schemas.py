@@ -52,7 +52,9 @@ class Body(BaseModel):
 class EmbeddingRequest(Body):
     """OpenAI's, and beside it which prompt is put before the input."""
 
-    input: Annotated[Input, Field(description="A text, texts, a text's token ids, or several texts'.")]
+    input: Annotated[
+        Input, Field(description="A text, texts, or one or more texts' token ids of the checkpoint's own.")
+    ]
     model: Model = None
     dimensions: Annotated[int | None, Field(ge=1, description="First components only, normalised again.")] = None
     encoding_format: Annotated[Literal["float", "base64"], Field(description="base64: of little-endian float32.")] = (
