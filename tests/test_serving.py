@@ -17,6 +17,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import pytest
@@ -363,7 +364,7 @@ def test_requests_share_batches_and_large_ones_take_turns(held):
     small = [batcher.submit(work(held, [[6] * n] * 2)) for n in range(1, 9)]
     waiting(batcher, 9)
     for name, future in [("large", large), *(("small", one) for one in small)]:
-        future.add_done_callback(lambda _, name=name: order.append(name))
+        future.add_done_callback(partial(lambda name, _: order.append(name), name))
     held.go.set()
     batcher.close()
     assert first.result().rows.shape == (1, 256)
@@ -589,6 +590,7 @@ def command(*arguments, **environment):
     line = [sys.executable, "-m", "qwen3core", "serve", *arguments, "--port", "0", "--dtype", "float32"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr
     lines = []
     try:
         for text in process.stderr:
