@@ -20,10 +20,12 @@ def shared_prefixes(sequences: Sequence[Sequence[int]], candidates: Sequence[Pre
     return [candidate[: lengths[candidate]] for candidate in candidates]
 
 
-def plan(lengths: Sequence[int], batch_tokens: int, prefixes: Sequence[Prefix] | None = None) -> list[list[int]]:
+def plan(
+    lengths: Sequence[int], batch_tokens: int, prefixes: Sequence[Prefix] | None = None, batch_size: int | None = None
+) -> list[list[int]]:
     """Group sequence numbers so that each group has at most ``batch_tokens`` rows, or is one longer sequence.
 
-    Longest first among sequences of one prefix; a group counts a prefix once.
+    Longest first among sequences of one prefix; a group counts a prefix once, and has at most ``batch_size`` sequences.
     """
     prefixes = prefixes or [()] * len(lengths)
     order = {prefix: i for i, prefix in enumerate(dict.fromkeys(prefixes))}
@@ -32,7 +34,7 @@ def plan(lengths: Sequence[int], batch_tokens: int, prefixes: Sequence[Prefix] |
     for index in sorted(range(len(lengths)), key=lambda i: (order[prefixes[i]], -lengths[i])):
         prefix = prefixes[index]
         rows = lengths[index] - (len(prefix) if prefix == last_prefix else 0)
-        if rows > free or not groups:
+        if rows > free or not groups or len(groups[-1]) == batch_size:
             groups.append([])
             free, rows = batch_tokens, lengths[index]
         groups[-1].append(index)

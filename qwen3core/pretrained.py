@@ -58,10 +58,7 @@ class Pretrained:
         limit = model.config.position_limit
         if max_length is None:
             max_length = min(MAX_LENGTH, limit, model.layout.max_length or limit)
-        check_int("max_length", max_length, 1)
         check_int("prefix_cache_tokens", prefix_cache_tokens, 0)
-        if max_length > limit:
-            raise InputError(f"max_length: expected at most {limit}, the model's limit, found {max_length}")
         tokenizer.check_vocabulary(model.embed_tokens.num_embeddings)
         self.directory = tokenizer.path.parent
         """The checkpoint's, whose files ``save`` takes over."""
@@ -71,6 +68,7 @@ class Pretrained:
         """The checkpoint's tokenizer."""
         self.max_length = max_length
         """Tokens per input, template included."""
+        self.max_seq_length = max_length  # which checks it
         self.prefix_cache = PrefixCache(prefix_cache_tokens)
         """Keys and values of prompts and queries, from one call to the next; empty unless asked for."""
         if any(weight.untyped_storage().resizable() for weight in model.parameters()):
@@ -198,6 +196,19 @@ class Pretrained:
         """Compute dtype."""
         return self.model.dtype or self.model.embed_tokens.weight.dtype
 
+    @property
+    def max_seq_length(self) -> int:
+        """``max_length`` by sentence-transformers' name; it may be set."""
+        return self.max_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        limit = self.model.config.position_limit
+        check_int("max_length", value, 1)
+        if value > limit:
+            raise InputError(f"max_length: expected at most {limit}, the model's limit, found {value}")
+        self.max_length = value
+
     def __repr__(self) -> str:
         weights = max(self.model.layers.parameters(), key=Tensor.numel, default=self.model.norm.weight).dtype
         return (
@@ -212,6 +223,7 @@ class Pretrained:
         shape: tuple[int, ...] | None,
         *,
         batch_tokens: int | None = None,
+        batch_size: int | None = None,
         show_progress_bar: bool | None = None,
         grad: bool = False,
         **options: Any,
@@ -219,13 +231,14 @@ class Pretrained:
         """``compute(batch, **options)`` of all texts, in batches: rows [N, *shape] float32, in the order given.
 
         prefixes: for each text, ids that its sequence may begin with; what all sequences of one prefix begin with is
-        computed once. shape: None for results of different shapes, of which a list is made. grad: record gradients;
-        each text is then computed by itself, whatever it shares with others. None where a capture stopped the model.
+        computed once. shape: None for results of different shapes, of which a list is made. batch_tokens, batch_size:
+        most tokens and texts of a batch. grad: record gradients; each text is then computed by itself, whatever it
+        shares with others. None where a capture stopped the model.
 
         Raises InputError for texts or options, and where a result is not finite, naming the text and the point.
         """
         use_threads()
-        self._check_call(texts, batch_tokens, grad, options)
+        self._check_call(texts, batch_tokens, batch_size, grad, options)
         alone = len(texts) < 2 and not self.prefix_cache.max_tokens  # nothing to share with
         share = not grad and not alone and self.model.shortcuts
         first_equal = _first_equal(texts) if share else list(range(len(texts)))
@@ -238,7 +251,7 @@ class Pretrained:
         progress = tqdm(total=len(distinct), disable=disable, delay=1, unit="text", leave=False)
         stopped = False
         with torch.set_grad_enabled(grad), progress as bar:
-            for batch in self._batches(texts, prefixes, distinct, batch_tokens, share=share):
+            for batch in self._batches(texts, prefixes, distinct, batch_tokens, batch_size, share=share):
                 bar.update(len(batch.indices))
                 try:
                     results = self.compute(batch, **options)
@@ -255,11 +268,17 @@ class Pretrained:
         return out
 
     def _check_call(
-        self, texts: Sequence[str], batch_tokens: int | None, grad: bool, options: Mapping[str, Any]
+        self,
+        texts: Sequence[str],
+        batch_tokens: int | None,
+        batch_size: int | None,
+        grad: bool,
+        options: Mapping[str, Any],
     ) -> None:
         """Raise InputError for texts, an option, or weights behind the layers: a sigmoid would make 0 or 1 of inf."""
-        if batch_tokens is not None:
-            check_int("batch_tokens", batch_tokens, 1)
+        for name, bound in (("batch_tokens", batch_tokens), ("batch_size", batch_size)):
+            if bound is not None:
+                check_int(name, bound, 1)
         check_texts(texts)
         if grad and not all(weight.is_floating_point() for weight in self.model.parameters()):
             raise InputError("grad: expected weights with gradients, found int8")
@@ -300,6 +319,7 @@ class Pretrained:
         prefixes: Sequence[Prefix],
         indices: list[int],
         batch_tokens: int | None,
+        batch_size: int | None,
         *,
         share: bool,
     ) -> Iterator[PackedBatch]:
@@ -308,7 +328,8 @@ class Pretrained:
         tokenised = prefetch(([texts[i] for i in block] for block in blocks), self.to_sequences)
         for block, sequences in zip(blocks, tokenised, strict=True):
             self._check(block, sequences, batch_tokens)
-            yield from self._pack_block(block, sequences, [prefixes[i] if share else () for i in block], batch_tokens)
+            shared = [prefixes[i] if share else () for i in block]
+            yield from self._pack_block(block, sequences, shared, batch_tokens, batch_size)
 
     def _check(self, indices: list[int], sequences: list[list[int]], batch_tokens: int | None) -> None:
         """Raise InputError for a sequence that is empty, or that the model or the batch cannot hold."""
@@ -326,12 +347,17 @@ class Pretrained:
             )
 
     def _pack_block(
-        self, indices: list[int], sequences: list[list[int]], prefixes: list[Prefix], batch_tokens: int | None
+        self,
+        indices: list[int],
+        sequences: list[list[int]],
+        prefixes: list[Prefix],
+        batch_tokens: int | None,
+        batch_size: int | None,
     ) -> Iterator[PackedBatch]:
         """Packed batches of these sequences; what they share of their prefixes comes from the cache or once."""
         shared = shared_prefixes(sequences, prefixes)
         limit = batch_tokens or BATCH_TOKENS.get(self.device.type, 4096)
-        groups = plan([len(ids) for ids in sequences], limit, shared)
+        groups = plan([len(ids) for ids in sequences], limit, shared, batch_size)
         cached = self.prefix_cache.get(shared, self.model)
         for group in groups:
             yield pack(
@@ -358,12 +384,18 @@ def _put(out: Any, indices: Tensor, results: Any, grad: bool) -> Any:
     return out
 
 
-def as_asked(results: Tensor | None, *, single: bool, tensor: bool) -> Any:
-    """Results of ``run`` as a call returns them: the row of a single input, a numpy array unless a tensor is wanted."""
+def as_asked(results: Tensor | None, *, single: bool, tensor: bool, numpy: bool = True) -> Any:
+    """Results of ``run`` as a call returns them: the row of a single input, a numpy array unless a tensor is wanted.
+
+    One number is a numpy scalar, which can be rounded and hashed, unlike an array of no dimensions. Neither tensor nor
+    numpy: a list of tensors.
+    """
     if results is None:
         return None
     results = results[0] if single else results
-    return results if tensor else results.cpu().numpy()
+    if tensor or (single and not numpy):
+        return results
+    return results.cpu().numpy()[()] if numpy else list(results)
 
 
 def open_tokenizer(directory: Path, layout: Layout, *, split_special_tokens: bool = False) -> Tokenizer:
