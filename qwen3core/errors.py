@@ -73,6 +73,12 @@ def check_text(name: str, value: object) -> None:
         raise InputError(f"{name}: expected text (str), found {type(value).__name__}")
 
 
+def as_text(name: str, value: object) -> str:
+    """``value`` as a plain str: a subclass may add in ways of its own (markupsafe escapes). Raises InputError."""
+    check_text(name, value)
+    return str.__str__(value)
+
+
 def check_unicode(name: str, text: str) -> None:
     """Raise InputError unless ``text`` is a str of Unicode text, which a lone surrogate is not."""
     check_text(name, text)

@@ -8,12 +8,12 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, check_unicode
+from .errors import InputError, as_text, check_unicode
 
 ENDINGS = (".jsonl", ".txt")
 """Endings of the files that ``read_rows`` reads, in any case."""
@@ -66,10 +66,14 @@ def read_rows(source: str | Path) -> Iterator[tuple[Any, str]]:
 
 
 def as_iterator(name: str, values: Iterable[Any]) -> Iterator[Any]:
-    """Iterate over anything but a text, bytes or a dict; over an open file, its lines without their ends.
+    """Iterate over anything but a text, bytes, a dict or a table; over an open file, its lines without their ends.
 
     Raises InputError.
     """
+    if hasattr(values, "columns"):  # of pandas, polars and pyarrow; it would give their names
+        raise InputError(f"{name}: expected a list, found {type(values).__name__}, a table: pass one of its columns")
+    if hasattr(values, "to_pylist"):  # of pyarrow, whose items are no str
+        values = values.to_pylist()
     if isinstance(values, (str, bytes, dict)) or not isinstance(values, Iterable):
         raise InputError(f"{name}: expected a list, found {type(values).__name__}")
     try:
@@ -84,6 +88,28 @@ def as_iterator(name: str, values: Iterable[Any]) -> Iterator[Any]:
 def as_list(name: str, values: Iterable[Any]) -> list[Any]:
     """``as_iterator`` as a list."""
     return list(as_iterator(name, values))
+
+
+def as_texts(name: str, values: str | Iterable[str]) -> list[str]:
+    """One text, or any iterable of texts, as a list of plain str. Raises InputError, naming the index."""
+    texts = [values] if isinstance(values, str) else as_iterator(name, values)
+    return [as_text(f"input {index}", text) for index, text in enumerate(texts)]
+
+
+def as_pairs(values: Iterable[Sequence[str]]) -> tuple[list[tuple[str, str]], bool]:
+    """(query, document) pairs as plain str, and whether ``values`` is a single one. Raises InputError."""
+    values = as_list("pairs", values)
+    single = len(values) == 2 and all(isinstance(part, str) for part in values)
+    pairs = []
+    for index, pair in enumerate([values] if single else values):
+        pair = pair.tolist() if hasattr(pair, "tolist") else pair  # a row of an array
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+            found = f"{len(pair)} items" if isinstance(pair, (list, tuple)) else type(pair).__name__
+            raise InputError(f"pair {index}: expected (query, document), found {found}")
+        roles = zip(("query", "document"), pair, strict=True)
+        query, document = (as_text(f"pair {index}: {role}", text) for role, text in roles)
+        pairs.append((query, document))
+    return pairs, single
 
 
 def _parse_json(line: str, where: str) -> Any:
