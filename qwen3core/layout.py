@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields
 from .prompts import DEFAULT_TASK, EMBEDDING_PROMPTS, RERANKER, Template
 
 LAST_TOKEN = ("lasttoken",)
+SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan", "maxsim", "meanmaxsim")
+"""Of vectors, and the last two of late interaction."""
 
 
 @dataclass(frozen=True)

@@ -121,10 +121,11 @@ class Qwen3Model(nn.Module):
             return self.norm(x, self.ops.norm_pool, rows, width, normalize)
         return self.ops.pool(_run(self.norm, RMSNorm, x, self.ops.rms_norm), rows, width, normalize)
 
-    def tokens(self, batch: PackedBatch) -> Tensor:
-        """Every token's unit vector [T, dim] float32: through the layout's modules, where it is late interaction's."""
+    def tokens(self, batch: PackedBatch, *, normalize: bool = True) -> Tensor:
+        """Every token's vector [T, dim] float32: through the layout's modules, where it is late interaction's."""
         x = reference.at_least_float32(self(batch))
-        return F.normalize(x if self.layout.pooling else self.pass_on(x), dim=-1)
+        x = x if self.layout.pooling else self.pass_on(x)
+        return F.normalize(x, dim=-1) if normalize else x
 
     def pass_on(self, x: Tensor) -> Tensor:
         """What the layout's modules make of vectors x [n, in]: [n, out] float32."""

@@ -1,19 +1,21 @@
 """(query, document) to P(yes)."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from .batch import PackedBatch
-from .errors import CheckpointError, InputError, check_int, check_text
+from .calls import as_scores, theirs
+from .errors import CheckpointError, InputError, as_text, check_int
 from .model import Qwen3Model
 from .pretrained import Pretrained, as_asked
 from .prompts import FIELDS
-from .reading import as_list
+from .reading import as_list, as_pairs
 from .tokenizer import Tokenizer
 
 Pairs = Iterable[Sequence[str]]
@@ -25,8 +27,20 @@ class PredictOptions(TypedDict, total=False):
 
     instruction: str | None
     batch_tokens: int | None
+    batch_size: int | None
     show_progress_bar: bool | None
     logit: bool
+    prompt: str | None
+    activation_fn: Callable[[Tensor], Tensor] | None
+    device: str | torch.device | None
+
+
+class TheirPredictOptions(PredictOptions, total=False):
+    """Keyword arguments of ``Reranker.predict`` that say what it returns (calls.py)."""
+
+    apply_softmax: bool | None
+    convert_to_numpy: bool
+    convert_to_tensor: bool
 
 
 class Hit(TypedDict, total=False):
@@ -102,12 +116,17 @@ class Reranker(Pretrained):
     @overload
     def predict(self, pairs: Pairs, *, grad: Literal[True], **options: Unpack[PredictOptions]) -> Tensor: ...
 
+    @overload
+    def predict(self, pairs: Pairs, **options: Unpack[TheirPredictOptions]) -> Any: ...
+
+    @theirs(as_scores)
     def predict(
         self,
         pairs: Pairs,
         *,
         instruction: str | None = None,
         batch_tokens: int | None = None,
+        batch_size: int | None = None,
         convert_to_tensor: bool = False,
         show_progress_bar: bool | None = None,
         logit: bool = False,
@@ -118,11 +137,13 @@ class Reranker(Pretrained):
         Args:
             pairs: (query, document) tuples, or a single one.
             instruction: what a document must do for its query, in one sentence; the checkpoint's by default.
-            batch_tokens: most tokens of one batch.
+            batch_tokens, batch_size: most tokens, and most pairs, of one batch.
             convert_to_tensor: return a tensor on the model's device in place of a numpy array.
             show_progress_bar: None shows it on a terminal.
             logit: return the score before the sigmoid.
             grad: return a tensor with its graph; each pair is then computed by itself, equal ones too.
+
+        sentence-transformers' other keywords are taken too (calls.py).
 
         Returns:
             [n] float32, or [n, labels]; one number, or row, for a single pair. None where a capture stopped the model.
@@ -130,14 +151,11 @@ class Reranker(Pretrained):
         Raises:
             InputError: for what is no pair of texts, or an option that cannot be.
         """
-        pairs = as_list("pairs", pairs)
-        single = len(pairs) == 2 and all(isinstance(part, str) for part in pairs)
+        checked, single = as_pairs(pairs)
         layout, template = self.layout, self.tokenizer.template
-        task = layout.instruction if instruction is None else instruction
-        check_text("instruction", task)
+        task = as_text("instruction", layout.instruction if instruction is None else instruction)
         if instruction is not None and FIELDS[0] not in template.body:
             raise InputError(f"instruction: expected none, for which this template has no place, found {task!r}")
-        checked = _checked([pairs] if single else pairs)
         # All pairs of a query begin with it; those of queries with a single pair, with what comes before any query.
         counts = Counter(query for query, _ in checked)
         starts = {query: template.start(task, query if n > 1 else None) for query, n in counts.items()}
@@ -148,6 +166,7 @@ class Reranker(Pretrained):
             [prefixes[query] for query, _ in checked],
             () if len(layout.labels) == 1 else (len(layout.labels),),
             batch_tokens=batch_tokens,
+            batch_size=batch_size,
             show_progress_bar=show_progress_bar,
             grad=grad,
             weight=self.model.score_weight(self.answers),
@@ -160,19 +179,6 @@ class Reranker(Pretrained):
 
     def compute(self, batch: PackedBatch, *, logit: bool = False, **options: Any) -> Tensor:
         return self.model.logits(batch, **options) if logit else self.model.scores(batch, **options)
-
-
-def _checked(pairs: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
-    checked = []
-    for index, pair in enumerate(pairs):
-        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
-            found = f"{len(pair)} items" if isinstance(pair, (list, tuple)) else type(pair).__name__
-            raise InputError(f"pair {index}: expected (query, document), found {found}")
-        query, document = pair
-        for role, text in (("query", query), ("document", document)):
-            check_text(f"pair {index}: {role}", text)
-        checked.append((query, document))
-    return checked
 
 
 def ranked(scores: Sequence[float] | Scores | Tensor, top_k: int | None = None) -> list[int]:

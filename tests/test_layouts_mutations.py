@@ -81,13 +81,9 @@ def embeddings_for_lm_head(patch):
 def cut_after_normalise(patch):
     right = Embedder.encode
 
-    def wrong(self, texts, **options):
-        dim = self.model.layout.truncate_dim
-        self.model.layout = replace(self.model.layout, truncate_dim=None)
-        try:
-            return right(self, texts, **options)[:, :dim]
-        finally:
-            self.model.layout = replace(self.model.layout, truncate_dim=dim)
+    def wrong(self, inputs, **options):
+        with self.truncate_embeddings(None):
+            return right(self, inputs, **options)[:, : self.layout.truncate_dim]
 
     patch.setattr(Embedder, "encode", wrong)
 

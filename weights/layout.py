@@ -12,7 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 from qwen3core.config import Qwen3Config, read_json
 from qwen3core.errors import CheckpointError, check_one_of
-from qwen3core.layout import Dense, Layout, Normalize
+from qwen3core.layout import SIMILARITIES, Dense, Layout, Normalize
 from qwen3core.prompts import EOS
 
 from .chat_template import read_template
@@ -32,7 +32,6 @@ ACTIVATIONS = (
     *("Softplus", "Softsign", "Hardtanh", "Hardswish", "Hardsigmoid", "LogSigmoid", "Tanhshrink"),
 )
 """Classes of torch.nn without weights, each number by itself."""
-SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan", "maxsim", "meanmaxsim")
 JOBS = {
     "SentenceTransformer": "embedding",
     "CrossEncoder": "reranker",
