@@ -1,7 +1,7 @@
 """Text to unit vectors."""
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, Unpack, overload
@@ -17,6 +17,7 @@ from .calls import as_vectors, theirs
 from .errors import InputError, as_text, check_int, check_one_of, warn
 from .layout import SIMILARITIES, Layout
 from .model import Qwen3Model
+from .pool import Pool, pooled
 from .pretrained import Pretrained, as_asked
 from .prompts import EMBEDDING_QUERY
 from .reading import as_texts
@@ -36,7 +37,9 @@ class EncodeOptions(TypedDict, total=False):
     batch_tokens: int | None
     batch_size: int | None
     show_progress_bar: bool | None
-    device: str | torch.device | None
+    device: str | torch.device | Sequence[str] | None
+    pool: Pool | None
+    chunk_size: int | None
     task: Literal["query", "document"] | None
 
 
@@ -169,6 +172,7 @@ class Embedder(Pretrained):
     @overload
     def encode(self, inputs: Texts, **options: Unpack[TheirEncodeOptions]) -> Any: ...
 
+    @pooled
     @theirs(as_vectors)
     def encode(
         self,
@@ -196,6 +200,8 @@ class Embedder(Pretrained):
             convert_to_tensor: return a tensor on the model's device in place of a numpy array.
             show_progress_bar: None shows it on a terminal.
             grad: return a tensor with its graph; each text is then computed by itself, equal ones too.
+            pool: of ``start_multi_process_pool``; device: or a list of devices, for this call; chunk_size: texts that a
+                process takes at a time.
 
         sentence-transformers' other keywords are taken too (calls.py).
 

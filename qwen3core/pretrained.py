@@ -22,6 +22,7 @@ from .model import Qwen3Model
 from .ops import OPERATIONS, Ops
 from .planning import plan, shared_prefixes
 from .points import Where
+from .pool import Pool
 from .prefix_cache import PrefixCache
 from .prompts import EOS
 from .reading import as_iterator
@@ -172,6 +173,15 @@ class Pretrained:
                 f"{directory}: expected a checkpoint for the job {job!r}, found one for {layout.job!r} "
                 f"(job={job!r} opens it all the same, as the model cards do)"
             )
+
+    def start_multi_process_pool(self, target_devices: Sequence[str | torch.device] | None = None) -> Pool:
+        """``Pool(self, target_devices)``: a process on each device, for the keyword ``pool``."""
+        return Pool(self, target_devices)
+
+    @staticmethod
+    def stop_multi_process_pool(pool: Pool) -> None:
+        """``pool.close()``."""
+        pool.close()
 
     def to_sequences(self, texts: list[str]) -> list[list[int]]:
         """Token ids of whole sequences, ready for the model. Called in a thread for the next texts."""

@@ -13,6 +13,7 @@ from .batch import PackedBatch
 from .calls import as_scores, theirs
 from .errors import CheckpointError, InputError, as_text, check_int
 from .model import Qwen3Model
+from .pool import Pool, pooled
 from .pretrained import Pretrained, as_asked
 from .prompts import FIELDS
 from .reading import as_list, as_pairs
@@ -32,7 +33,9 @@ class PredictOptions(TypedDict, total=False):
     logit: bool
     prompt: str | None
     activation_fn: Callable[[Tensor], Tensor] | None
-    device: str | torch.device | None
+    device: str | torch.device | Sequence[str] | None
+    pool: Pool | None
+    chunk_size: int | None
 
 
 class TheirPredictOptions(PredictOptions, total=False):
@@ -119,6 +122,7 @@ class Reranker(Pretrained):
     @overload
     def predict(self, pairs: Pairs, **options: Unpack[TheirPredictOptions]) -> Any: ...
 
+    @pooled
     @theirs(as_scores)
     def predict(
         self,
@@ -142,6 +146,7 @@ class Reranker(Pretrained):
             show_progress_bar: None shows it on a terminal.
             logit: return the score before the sigmoid.
             grad: return a tensor with its graph; each pair is then computed by itself, equal ones too.
+            pool, device, chunk_size: several devices, as in ``Embedder.encode``.
 
         sentence-transformers' other keywords are taken too (calls.py).
 
