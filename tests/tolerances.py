@@ -56,3 +56,10 @@ CONTRIBUTIONS = 1e-4
 
 # MiB by which a server's memory may grow after the first fifth of a soak: the allocator's own, of batches of any shape.
 SERVER_GROWTH = 40
+
+# Scores of mteb's through this package and through sentence-transformers: of vectors that differ by 1e-6 at most. Ranks
+# agree, so that most are equal.
+MTEB_SCORE = 1e-6
+
+# mteb rounds measures of retrieval to five digits.
+MTEB_ROUNDED = 1e-5
