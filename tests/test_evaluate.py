@@ -396,3 +396,9 @@ def test_options_that_cannot_be(embedding_dir, beir, capsys, options, message):
     said = capsys.readouterr()
     assert message in said.err
     assert said.out == ""
+
+
+def test_mteb_that_is_not_installed_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["eval", "tiny-embedding", "--mteb", "STSBenchmark"]) == 2
+    assert "mteb is not installed: pip install mteb" in capsys.readouterr().err

@@ -30,6 +30,9 @@ from ..pretrained import Pretrained
 from ..reranker import Reranker, Scores
 from .files import Pair, Retrieval
 
+Batches = Iterable[Mapping[str, Any]]
+"""Of mteb's DataLoader: texts under ``text``."""
+
 Instructions = Mapping[str, str | Mapping[str, str]]
 """By name of a task, its instruction; or those of its ``query`` and ``document`` (``passage``), where both have one."""
 
@@ -51,9 +54,8 @@ class _Model:
 
     def __init__(self, opened: Any, instructions: Instructions | None = INSTRUCTIONS, **overwrites: Any) -> None:
         self.model, self.instructions = opened, instructions
-        self.mteb_model_meta = ModelMeta.create_empty(
-            {**_meta(opened), "use_instructions": instructions is not None} | overwrites
-        )
+        fields = {**_meta(opened), "use_instructions": instructions is not None, **overwrites}
+        self.mteb_model_meta = ModelMeta.create_empty(fields)
 
     def instruction(self, task: TaskMetadata, role: str) -> str:
         """A task's instruction for the role query or document; empty where it has none."""
@@ -70,22 +72,14 @@ class MtebEncoder(_Model):
     model: Embedder
 
     def encode(
-        self,
-        inputs: Iterable[Mapping[str, Any]],
-        *,
-        task_metadata: TaskMetadata,
-        hf_split: str,
-        hf_subset: str,
-        prompt_type: Any = None,
-        batch_size: int | None = None,
-        **options: Any,
+        self, inputs: Batches, *, task_metadata: TaskMetadata, prompt_type: Any = None, **options: Any
     ) -> Vectors:
         """Vectors [n, dim] float32 of mteb's batches of texts.
 
         prompt_type: query, document, or None where a task does not tell them apart; its instruction then precedes all.
-        options: those of ``Embedder.encode``.
+        options: those of ``Embedder.encode``, and mteb's.
         """
-        texts = _texts(inputs)
+        texts, options = _texts(inputs), _ours(options)
         role = prompt_type.value if prompt_type else None
         if self.instructions is None:
             calls = {"query": self.model.encode_query, "document": self.model.encode_document}
@@ -104,54 +98,50 @@ class MtebEncoder(_Model):
 
 
 class MtebReranker(_Model):
-    """mteb's ``CrossEncoderProtocol``: P(yes) of pairs, for tasks that bring documents with each query."""
+    """mteb's ``CrossEncoderProtocol``, for tasks that bring documents with each query."""
 
     model: Reranker
 
-    def predict(
-        self,
-        inputs1: Iterable[Mapping[str, Any]],
-        inputs2: Iterable[Mapping[str, Any]],
-        *,
-        task_metadata: TaskMetadata,
-        hf_split: str,
-        hf_subset: str,
-        prompt_type: Any = None,
-        batch_size: int | None = None,
-        **options: Any,
-    ) -> Scores:
+    def predict(self, inputs1: Batches, inputs2: Batches, *, task_metadata: TaskMetadata, **options: Any) -> Scores:
         """P(yes) [n] float32 of mteb's batches of queries and of documents; options: those of ``Reranker.predict``."""
         pairs = list(zip(_texts(inputs1), _texts(inputs2), strict=True))
         instruction = None if self.instructions is None else self.instruction(task_metadata, "query") or None
-        return self.model.predict(pairs, instruction=instruction, **options)
+        return self.model.predict(pairs, instruction=instruction, **_ours(options))
 
 
-def _texts(batches: Iterable[Mapping[str, Any]]) -> list[str]:
+def _ours(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without those of mteb's that say nothing here."""
+    return {
+        name: x for name, x in options.items() if name not in ("hf_split", "hf_subset", "batch_size", "prompt_type")
+    }
+
+
+def _texts(batches: Batches) -> list[str]:
     """Of documents with their title before them, of queries with their own instruction behind, as mteb joins them."""
     return [text for batch in batches for text in batch["text"]]
 
 
 def _meta(opened: Pretrained) -> dict[str, Any]:
     """Fields of ``ModelMeta``. A snapshot in the hub's cache has the repository's name and revision."""
-    directory, layout, config = opened.directory.resolve(), opened.layout, opened.model.config
+    directory, layout = opened.directory.resolve(), opened.layout
     name, revision = f"qwen3core/{directory.name}", None
     if directory.parent.name == "snapshots":
         name = directory.parents[1].name.removeprefix("models--").replace("--", "/")
         revision = directory.name
-    embeds = isinstance(opened, Embedder)
-    known = {"cosine": ScoringFunction.COSINE, "dot": ScoringFunction.DOT_PRODUCT}
-    return {
+    fields: dict[str, Any] = {
         "name": name,
         "revision": revision,
         "n_parameters": sum(weight.numel() for weight in opened.model.parameters()),
         "n_embedding_parameters": opened.model.embed_tokens.weight.numel(),
         "max_tokens": opened.max_length,
-        "embed_dim": layout.width(config.hidden_size) if embeds else None,
-        "similarity_fn_name": known.get(layout.similarity) if embeds else None,
-        "model_type": ["dense" if embeds else "cross-encoder"],
         "open_weights": True,
         "framework": ["PyTorch", "safetensors"],
     }
+    if isinstance(opened, Reranker):
+        return fields | {"model_type": ["cross-encoder"]}
+    similarity = next((known for known in ScoringFunction if known.value == layout.similarity), None)
+    width = layout.width(opened.model.config.hidden_size)
+    return fields | {"model_type": ["dense"], "embed_dim": width, "similarity_fn_name": similarity}
 
 
 def sts_task(pairs: Sequence[Pair], name: str = "sts") -> AbsTaskSTS:
