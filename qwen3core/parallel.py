@@ -40,7 +40,7 @@ def tensor_parallel(model: Qwen3Model, mesh: "DeviceMesh") -> None:
     rows, columns = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
     plan = {**dict.fromkeys(rows, ColwiseParallel()), **dict.fromkeys(columns, RowwiseParallel())}
     for layer in model.layers:
-        for part in (layer.self_attn, layer.mlp):
+        for part in map(layer.get_submodule, ("self_attn", "mlp")):
             parallelize_module(part, mesh, {name: style for name, style in plan.items() if hasattr(part, name)})
     model.ops = replace(model.ops, linear=reference.linear, linears=None)
     model.to(mesh.device_type)

@@ -53,8 +53,7 @@ class Pool:
             queue.put(device)
         self.devices = devices
         threads = max(1, torch.get_num_threads() // max(1, devices.count("cpu")))
-        initial = {"initializer": _start, "initargs": (opened, queue, threads)}
-        self.executor = ProcessPoolExecutor(len(devices), context, **initial)
+        self.executor = ProcessPoolExecutor(len(devices), context, _start, (opened, queue, threads))
 
     def __enter__(self) -> "Pool":
         return self

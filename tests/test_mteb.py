@@ -38,12 +38,16 @@ QUICK = (
     "InstructionRetrieval",
     "Reranking",
 )
-TASKS = [
-    pytest.param(task, id=name, marks=[] if name[4:].removesuffix("Task") in QUICK else [pytest.mark.slow])
-    for task in MOCK_TASK_TEST_GRID
-    for name in [task.metadata.name]
-]
-RERANKED = [task for task in TASKS if "Reranking" in task.values[0].metadata.type]
+
+
+def params(tasks: Any) -> list[Any]:
+    """Of mock tasks, by name; QUICK in the quick tests."""
+    marks = {task: [] if task.metadata.name[4:].removesuffix("Task") in QUICK else [pytest.mark.slow] for task in tasks}
+    return [pytest.param(task, id=task.metadata.name, marks=marks[task]) for task in tasks]
+
+
+TASKS = params(MOCK_TASK_TEST_GRID)
+RERANKED = params([task for task in MOCK_TASK_TEST_GRID if "Reranking" in task.metadata.type])
 
 
 @pytest.fixture(scope="module")

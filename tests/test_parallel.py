@@ -83,7 +83,8 @@ def model(**changed: Any):
 
 
 def test_what_cannot_be_shared_out():
-    two, three = (SimpleNamespace(size=lambda n=n: n, device_type="cpu") for n in (2, 3))
+    two: Any = SimpleNamespace(size=lambda: 2, device_type="cpu")
+    three: Any = SimpleNamespace(size=lambda: 3, device_type="cpu")
     with pytest.raises(InputError, match="num_key_value_heads: expected a multiple of 3, the processes, found 2"):
         tensor_parallel(model(), three)
     with pytest.raises(InputError, match="expected weights in floating point, found int8"):

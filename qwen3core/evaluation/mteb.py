@@ -82,8 +82,9 @@ class MtebEncoder(_Model):
         texts, options = _texts(inputs), _ours(options)
         role = prompt_type.value if prompt_type else None
         if self.instructions is None:
-            calls = {"query": self.model.encode_query, "document": self.model.encode_document}
-            return calls.get(role, self.model.encode)(texts, **options)
+            if role is None:
+                return self.model.encode(texts, **options)
+            return (self.model.encode_document if role == "document" else self.model.encode_query)(texts, **options)
         instruction = self.instruction(task_metadata, role or "query")
         return self.model.encode(texts, prompt=self.model.query_prompt(instruction) if instruction else "", **options)
 
