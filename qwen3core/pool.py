@@ -29,10 +29,10 @@ _opened: Any = None
 
 
 class Pool:
-    """Processes with a copy each of an open checkpoint, as it is now; later changes of its model do not reach them.
+    """Processes with a copy each of an open checkpoint: its modules, prompts and options as they are now.
 
-    Copies on CPUs share the weights, by shared memory. Processes are spawned, so that a script needs
-    ``if __name__ == "__main__":``. Leave it by ``close()``, or use it in a ``with`` statement.
+    On CPUs, they share its weights, as shared memory. They are spawned, so that a script needs
+    ``if __name__ == "__main__":``. Call ``close()`` in the end, or use a ``with`` statement.
 
     target_devices: one process for each, such as ``["cuda:0", "cuda:1"]`` or ``["cpu", "cpu"]``; None: all GPUs.
     Raises InputError for what are no devices, and where the checkpoint has a capture or an edit active.
