@@ -366,8 +366,9 @@ def test_softmax_of_several_labels(bases, tmp_path):
     layouts.classifier(directory, 3)
     ours = Reranker.from_pretrained(directory, device="cpu")
     theirs = sentence_transformers.CrossEncoder(str(directory), device="cpu")
-    for inputs in (PAIRS, PAIRS[0]):
-        for options in ({}, {"apply_softmax": True}, {"activation_fn": torch.nn.Softmax(dim=1)}):
+    several: list[dict[str, Any]] = [{}, {"apply_softmax": True}, {"activation_fn": torch.nn.Softmax(dim=1)}]
+    for inputs in (PAIRS, PAIRS[:1]):
+        for options in several:
             same(ours.predict(inputs, **options), theirs.predict(inputs, **options), LOGIT_FP32 * 20)
     assert ours.predict(PAIRS, apply_softmax=True).sum(1) == pytest.approx(1, abs=1e-6)
     assert reranked(ours) == "rank: expected a checkpoint of one score, found 3: bad, fair, good"

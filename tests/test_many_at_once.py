@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,7 +88,7 @@ def test_processes_and_workers_of_a_loader(tmp_path, start):
 @pytest.fixture(scope="module")
 def jobs():
     """Calls of every kind, on one object each, and what each gives alone."""
-    options = {"device": "cpu", "dtype": "float32", "prefix_cache_tokens": 60}
+    options: dict[str, Any] = {"device": "cpu", "dtype": "float32", "prefix_cache_tokens": 60}
     embedder = Embedder.from_pretrained("tiny-embedding", **options)
     reranker = Reranker.from_pretrained("tiny-reranker", **options)
     calls = [
