@@ -470,7 +470,7 @@ def in_blocks(function: Callable[..., tuple[Tensor, ...]], size: int, *tensors: 
 
 def rope_cos_sin(position_ids: Tensor, config: Qwen3Config, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [T, D] of every position, angles in float32, cast to the compute dtype as transformers does."""
-    inv_freq, scaling = _rope_parameters(config.head_dim, config.rope_theta, config.rope_scaling, position_ids.device)
+    inv_freq, scaling = rope_parameters(config.head_dim, config.rope_theta, config.rope_scaling, position_ids.device)
     angles = position_ids.float()[:, None] * inv_freq
     angles = torch.cat((angles, angles), dim=-1).to(torch.promote_types(dtype, torch.float32))
     cos, sin = angles.cos(), angles.sin()
@@ -480,7 +480,7 @@ def rope_cos_sin(position_ids: Tensor, config: Qwen3Config, dtype: torch.dtype) 
 
 
 @cache  # a copy to a GPU would wait for it
-def _rope_parameters(head_dim: int, rope_theta: float, yarn: Yarn | None, device: torch.device) -> tuple[Tensor, float]:
+def rope_parameters(head_dim: int, rope_theta: float, yarn: Yarn | None, device: torch.device) -> tuple[Tensor, float]:
     """Angle of each pair per position [D / 2] float32, and what cos and sin are multiplied by.
 
     YaRN divides the angle by its factor where a pair makes fewer than ``beta_slow`` rotations in the original length,
