@@ -16,6 +16,7 @@ TOOLS = (
     "training",
     "evaluation",
     "explaining",
+    "export",
     "laboratory",
     "profiling",
     "serving",

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 
 from ..errors import Qwen3CoreError
-from . import checkpoints, evaluation, explaining, kernels, run, serving, training
+from . import checkpoints, evaluation, explaining, exporting, kernels, run, serving, training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="qwen3core", description="Qwen3-Embedding and Qwen3-Reranker in plain PyTorch."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (run, explaining, training, evaluation, checkpoints, kernels, serving):
+    for group in (run, explaining, training, evaluation, checkpoints, exporting, serving, kernels):
         group.register(commands)
     args = parser.parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
