@@ -63,3 +63,14 @@ MTEB_SCORE = 1e-6
 
 # mteb rounds measures of retrieval to five digits.
 MTEB_ROUNDED = 1e-5
+
+# Exported graphs in float32, or with float16 weights that were bfloat16: PyTorch's numbers, in other kernels. Seen:
+# 2e-7 (ONNX Runtime, OpenVINO, llama.cpp without its flash attention).
+EXPORTED = 1e-5
+
+# 1 - cosine of exports with 8-bit matrices. Seen on tiny-embedding: ONNX Runtime 1.3e-3 (weights of 7 bits, whose sums
+# do not overflow as those of 8 do, which gave 7e-3), llama.cpp 3e-4.
+EXPORTED_INT8 = 3e-3
+
+# 1 - cosine of llama.cpp as it comes, with flash attention, whose keys and values are float16. Seen: 1e-7.
+LLAMA_CPP = 1e-3
