@@ -30,8 +30,6 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-    from qwen3core.config import Qwen3Config
-
 Embed = Callable[..., np.ndarray]
 """(texts, batch_size=None) to unit vectors, float32 [n, H]. No prompt is added. A batch_size of None is the engine's
 default; qwen3core, which plans its batches by tokens, takes no other."""
@@ -42,7 +40,6 @@ MAX_LENGTH = 8192
 """Tokens of a text, or of a query with its document and template; the rest is truncated."""
 CACHE = "bench-cache"
 """Folder of converted checkpoints, beside the checkpoint."""
-GGUF_TYPES = {"float32": "F32", "bfloat16": "BF16"}
 LLAMA_SEQUENCES = 64
 """Sequences that llama.cpp decodes at once, at most."""
 PRODUCTS = "its matrix products alone"
@@ -73,8 +70,8 @@ def embedders(
         )
         engines["qwen3core, int8"] = lambda: _qwen3core_embed(directory, "int8", device, length)
         engines["OpenVINO"] = lambda: _openvino_embed(directory, dtype, length, cache)
-        engines["llama.cpp"] = lambda: _llama_embed(directory, GGUF_TYPES[dtype], length, cache)
-        engines["llama.cpp Q8_0"] = lambda: _llama_embed(directory, "Q8_0", length, cache)
+        engines["llama.cpp"] = lambda: _llama_embed(directory, dtype, length, cache)
+        engines["llama.cpp Q8_0"] = lambda: _llama_embed(directory, "int8", length, cache)
     if device == "cpu" and dtype == "float32":  # its CPU kernels know no bfloat16
         engines["onnxruntime"] = lambda: _onnxruntime_embed(directory, length, cache)
     return engines
@@ -97,8 +94,8 @@ def rerankers(
             directory, dtype, device, length, logits=1, attention="flash_attention_2"
         )
     if device == "cpu":
-        engines["llama.cpp"] = lambda: _llama_rerank(directory, GGUF_TYPES[dtype], length, cache)
-        engines["llama.cpp Q8_0"] = lambda: _llama_rerank(directory, "Q8_0", length, cache)
+        engines["llama.cpp"] = lambda: _llama_rerank(directory, dtype, length, cache)
+        engines["llama.cpp Q8_0"] = lambda: _llama_rerank(directory, "int8", length, cache)
     return engines
 
 
@@ -341,27 +338,24 @@ def _forgetful(model: Any, run: Any) -> Any:
     return run
 
 
-# OpenVINO: optimum-intel's export, texts sorted by length in tokens, batches padded.
+# OpenVINO and onnxruntime: our exports (qwen3core/export); texts sorted by length in tokens, batches padded.
 
 
 def _openvino_embed(directory: Path, dtype: str, length: int, cache: Path) -> Embed:
-    from optimum.intel import OVModelForFeatureExtraction
+    import openvino
 
-    def write(folder: Path) -> None:
-        exported = OVModelForFeatureExtraction.from_pretrained(
-            directory, export=True, compile=False, load_in_8bit=False
-        )
-        exported.save_pretrained(folder)
-
-    folder = _converted(directory, cache, "openvino", write)
+    folder = _exported(directory, cache, "openvino", "openvino", "float32")
     hint = {"INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype]}
-    model = OVModelForFeatureExtraction.from_pretrained(folder, ov_config=hint)
+    model = openvino.compile_model(folder / "openvino" / "openvino_model.xml", "CPU", hint)
+    return _sorted_batches(directory, length, lambda batch: model(batch)["sentence_embedding"])
 
-    def run(batch: dict[str, np.ndarray]) -> np.ndarray:
-        last = np.asarray(model(**batch).last_hidden_state[:, -1])
-        return last / np.linalg.norm(last, axis=1, keepdims=True)
 
-    return _sorted_batches(directory, length, run)
+def _onnxruntime_embed(directory: Path, length: int, cache: Path) -> Embed:
+    import onnxruntime
+
+    path = _exported(directory, cache, "onnx", "onnx", "float32") / "onnx" / "model.onnx"
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return _sorted_batches(directory, length, lambda batch: session.run(["sentence_embedding"], batch)[0])
 
 
 def _sorted_batches(directory: Path, length: int, run: Callable[[dict[str, np.ndarray]], np.ndarray]) -> Embed:
@@ -383,65 +377,14 @@ def _sorted_batches(directory: Path, length: int, run: Callable[[dict[str, np.nd
     return embed
 
 
-# onnxruntime: transformers' model exported to ONNX, float32; batches as for OpenVINO.
+# llama.cpp: our export to GGUF, every matrix in one type; it gets our ids. Its graph multiplies every position by the
+# whole lm_head, even where only embeddings are asked for.
 
 
-def _onnxruntime_embed(directory: Path, length: int, cache: Path) -> Embed:
-    """An export of our own. optimum-onnx's last release needs transformers < 4.58, and its graph of Qwen3 needs
-    position_ids, which sentence-transformers' backend="onnx" does not pass."""
-    import onnxruntime
-
-    folder = _converted(directory, cache, "onnx", lambda target: _write_onnx(directory, target))
-    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    return _sorted_batches(directory, length, lambda batch: session.run(None, batch)[0])
-
-
-def _write_onnx(directory: Path, folder: Path) -> None:
-    """Write model.onnx. Opset 23 has operators for RMSNorm, RoPE and grouped-query attention, for which onnxruntime has
-    CPU kernels."""
-    import onnxscript  # noqa: F401 (torch.onnx needs it; if it is missing, fail before minutes of work)
-    import torch
-    from torch.nn import functional as F
-    from transformers import AutoModel
-
-    class Pooled(torch.nn.Module):
-        """The exported graph: ids and mask, left-padded, to unit vectors."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = AutoModel.from_pretrained(directory, dtype=torch.float32)
-
-        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-            outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-            return F.normalize(outputs.last_hidden_state[:, -1], p=2, dim=1)
-
-    input_ids = torch.arange(100, 151).view(3, 17)
-    mask = torch.ones_like(input_ids)
-    mask[0, :5] = 0
-    dynamic = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
-    with torch.no_grad():
-        torch.onnx.export(
-            Pooled().eval(),
-            (input_ids, mask),
-            folder / "model.onnx",
-            dynamo=True,
-            opset_version=23,
-            external_data=True,
-            optimize=False,  # onnxruntime does, in seconds
-            input_names=["input_ids", "attention_mask"],
-            dynamic_shapes=(dynamic, dynamic),
-            verbose=False,
-        )
-
-
-# llama.cpp: GGUF with every matrix in one type, as convert_hf_to_gguf.py --outtype writes it, without a tokenizer: it
-# gets our ids. Its graph multiplies every position by the whole lm_head, even where only embeddings are asked for.
-
-
-def _llama_embed(directory: Path, gguf_type: str, length: int, cache: Path) -> Embed:
+def _llama_embed(directory: Path, dtype: str, length: int, cache: Path) -> Embed:
     from qwen3core import Tokenizer
 
-    run = _llama(directory, gguf_type, length, cache, reranker=False)
+    run = _llama(directory, dtype, length, cache, reranker=False)
     tokenizer = Tokenizer(directory / "tokenizer.json")
 
     def embed(texts: list[str], batch_size: int | None = None) -> np.ndarray:
@@ -451,11 +394,11 @@ def _llama_embed(directory: Path, gguf_type: str, length: int, cache: Path) -> E
     return embed
 
 
-def _llama_rerank(directory: Path, gguf_type: str, length: int, cache: Path) -> Rerank:
+def _llama_rerank(directory: Path, dtype: str, length: int, cache: Path) -> Rerank:
     from qwen3core import Tokenizer
     from qwen3core.prompts import DEFAULT_TASK, RERANKER
 
-    run = _llama(directory, gguf_type, length, cache, reranker=True)
+    run = _llama(directory, dtype, length, cache, reranker=True)
     tokenizer = Tokenizer(directory / "tokenizer.json")
 
     def rerank(query: str, documents: list[str], batch_size: int | None = None) -> np.ndarray:
@@ -466,7 +409,7 @@ def _llama_rerank(directory: Path, gguf_type: str, length: int, cache: Path) -> 
 
 
 def _llama(
-    directory: Path, gguf_type: str, length: int, cache: Path, *, reranker: bool, tokens: int = 512
+    directory: Path, dtype: str, length: int, cache: Path, *, reranker: bool, tokens: int = 512
 ) -> Callable[[list[list[int]], int | None], np.ndarray]:
     """Return a function from sequences of ids to pooled rows [n, H], or [n, 2] of a reranker (yes, no).
 
@@ -474,7 +417,7 @@ def _llama(
     """
     import llama_cpp as ll
 
-    folder = _converted(directory, cache, gguf_type, lambda target: _write_gguf(directory, target, gguf_type, reranker))
+    folder = _exported(directory, cache, f"gguf-{dtype}", "gguf", dtype)
     ll.llama_log_set(_drop_log, ctypes.c_void_p(0))
     ll.llama_backend_init()
     model = ll.llama_model_load_from_file(str(folder / "model.gguf").encode(), ll.llama_model_default_params())
@@ -537,44 +480,12 @@ def _groups(lengths: list[int], batch_size: int | None, length: int, tokens: int
     return groups
 
 
-def _write_gguf(directory: Path, folder: Path, gguf_type: str, reranker: bool) -> None:
-    import gguf
+def _exported(directory: Path, cache: Path, name: str, format: str, dtype: str) -> Path:
+    """The cached folder of directory's weights in another format: its folder, or ``model.gguf`` in it."""
+    from qwen3core.export import export
 
-    from qwen3core import Tokenizer
-    from qwen3core.weights.build import open_model
-
-    model, tensors = open_model(directory, lm_head=reranker)
-    writer = gguf.GGUFWriter(folder / "model.gguf", "qwen3")
-    _write_gguf_config(writer, model.config, tensors.shape("embed_tokens.weight")[0])
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, model.config.num_hidden_layers)
-    for name in tensors:
-        array = tensors[name].float().numpy()
-        kind = gguf.GGMLQuantizationType[gguf_type if array.ndim == 2 else "F32"]
-        target = names.get_name(name if name.startswith("lm_head") else f"model.{name}", try_suffixes=(".weight",))
-        writer.add_tensor(target, gguf.quantize(array, kind), raw_dtype=kind)
-    if reranker:
-        yes_no = list(Tokenizer(directory / "tokenizer.json").yes_no())
-        writer.add_classifier_output_labels(["yes", "no"])
-        writer.add_tensor("cls.output.weight", tensors[model.lm_head_name][yes_no].float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _write_gguf_config(writer: Any, config: Qwen3Config, vocab_size: int) -> None:
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_vocab_size(vocab_size)
+    file = "model.gguf" if format == "gguf" else "."
+    return _converted(directory, cache, name, lambda x: export(directory, x / file, format=format, dtype=dtype))
 
 
 def _converted(directory: Path, cache: Path, name: str, write: Callable[[Path], None]) -> Path:
