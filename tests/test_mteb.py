@@ -156,6 +156,7 @@ def test_mock_tasks_as_a_cross_encoder(task, reranker, their_reranker):
     assert MtebReranker(reranker).instruction(task.metadata, "query")
 
 
+@pytest.mark.slow
 def test_files_as_through_sentence_transformers(held_out, embedder, theirs, reranker, their_reranker, tmp_path):
     """Retrieval, and the best 100 of each query reranked; and the measures of this package."""
     task = retrieval_task(held_out)
