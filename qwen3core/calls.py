@@ -24,9 +24,9 @@ BOTH = {
     "show_progress_bar": "same; None shows it on a terminal, whatever the level of the log",
     "convert_to_numpy": "same",
     "convert_to_tensor": "same",
-    "device": "the model's own; another is refused, and from_pretrained(device=...) opens the model there",
-    "pool": REFUSED + "start processes of your own, each of which opens a model",
-    "chunk_size": REFUSED + "it goes with pool; batch_size and batch_tokens bound a batch",
+    "device": "the model's own, or a list of several; another is refused: from_pretrained(device=...) opens it there",
+    "pool": "same",
+    "chunk_size": "same",
     "processing_kwargs": REFUSED + "max_seq_length, or max_length= of from_pretrained, bounds an input",
 }
 OF_ENCODE = BOTH | {
@@ -90,6 +90,8 @@ def as_vectors(
     quantised = precision not in (None, "float32")
     if quantised and (output_value != "sentence_embedding" or options.get("grad")):
         raise InputError(f"precision: expected float32 for tokens or gradients, found {precision!r}")
+    if output_value != "sentence_embedding" and (options.get("pool") or "device" in options):
+        raise InputError(f"output_value: expected 'sentence_embedding' of several devices, found {output_value!r}")
     if output_value == "sentence_embedding" and convert_to_numpy and not quantised:
         return encode(inputs, **options)
     tensor, texts = options.pop("convert_to_tensor", False), as_texts("inputs", inputs)
@@ -149,7 +151,9 @@ def _refuse(table: Mapping[str, str], options: dict[str, Any], own: torch.device
     for name, meaning in table.items():
         if meaning.startswith(REFUSED) and (found := options.pop(name, None)) is not None:
             raise InputError(f"{name}: expected none, found {found!r}: {meaning.removeprefix(REFUSED)}")
-    device = options.pop("device", None)
+    if isinstance(device := options.pop("device", None), list | tuple):  # a process on each
+        options["device"] = device
+        return
     try:
         wanted = own if device is None else torch.device(device)
     except (RuntimeError, TypeError):

@@ -172,8 +172,8 @@ class Embedder(Pretrained):
     @overload
     def encode(self, inputs: Texts, **options: Unpack[TheirEncodeOptions]) -> Any: ...
 
-    @pooled
     @theirs(as_vectors)
+    @pooled
     def encode(
         self,
         inputs: Texts,

@@ -105,6 +105,8 @@ def pooled(call: Callable[..., Any]) -> Callable[..., Any]:
     def split(self: Any, *args: Any, pool: Pool | None = None, chunk_size: int | None = None, **options: Any) -> Any:
         devices = options.pop("device") if isinstance(options.get("device"), list | tuple) else None
         if pool is None and devices is None:
+            if chunk_size is not None:
+                raise InputError("chunk_size: expected none without pool or a list of devices, whose it is")
             return call(self, *args, **options)
         [inputs] = args or [options.pop(first)]
         inputs = inputs if isinstance(inputs, str) else as_list(first, inputs)

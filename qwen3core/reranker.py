@@ -122,8 +122,8 @@ class Reranker(Pretrained):
     @overload
     def predict(self, pairs: Pairs, **options: Unpack[TheirPredictOptions]) -> Any: ...
 
-    @pooled
     @theirs(as_scores)
+    @pooled
     def predict(
         self,
         pairs: Pairs,
