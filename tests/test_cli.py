@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -215,3 +216,21 @@ def test_a_failing_write_keeps_the_old_file(embedding_dir, tmp_path, monkeypatch
     assert main(["embed", str(embedding_dir), "--text", "x", "-o", str(out)]) == 2
     assert out.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    ("redirected", "status", "said"),
+    [("> /dev/full", 2, "qwen3core: [Errno 28] No space left on device\n"), ("| true", 1, "")],
+)
+def test_what_standard_output_does_not_take_is_said(embedding_dir, redirected, status, said):
+    """Also the little that it holds until the end."""
+    command = f"{sys.executable} -m qwen3core embed {embedding_dir} --text gold --dim 32 {redirected}"
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stderr) == (status, said)
+
+
+def test_a_closed_standard_output_is_said(embedding_dir, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    assert main(["embed", str(embedding_dir), "--text", "gold"]) == 2
+    assert capsys.readouterr().err == "qwen3core: standard output: expected an open one, found it closed\n"

@@ -27,10 +27,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(encoding="utf-8")  # as all that is read, whatever the locale says
     warnings.formatwarning = lambda message, *_, **__: f"qwen3core: {message}\n"
     try:
-        return args.run(args)
+        status = args.run(args)
+        print(end="", flush=True)  # here, where what cannot be written is said
+        return status
     except BrokenPipeError:  # the reader has gone, as ``| head`` does: nothing more to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Qwen3CoreError, OSError) as error:
         print(f"qwen3core: {error}", file=sys.stderr)
         return 2
+    finally:
+        _give_up_what_cannot_be_written()
+
+
+def _give_up_what_cannot_be_written() -> None:
+    """What standard output still holds would be tried again at the exit, and change the exit status."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

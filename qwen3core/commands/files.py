@@ -79,6 +79,8 @@ def write(output: str, name: str, array: NDArray[np.float32], rows: Iterable[dic
     """
     lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     if output == "-":
+        if sys.stdout is None:
+            raise InputError("standard output: expected an open one, found it closed")
         sys.stdout.writelines(lines)
         return
     with writing(output) as part:
