@@ -1,5 +1,6 @@
 """Files, written in one way by all that write any: whole or not at all, and readable as the umask says."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -7,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+from .errors import InputError
 
 
 @contextmanager
@@ -48,3 +51,21 @@ def writing_into(directory: Path, name: str = ".part") -> Iterator[Path]:
         raise OSError(f"{directory}: expected to write files there, found {error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Make the folder and hold it for one run at a time, as long as the process lives. Raises InputError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise InputError(f"{folder}: expected no other run there, found one that is running") from error
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(handle)

@@ -348,7 +348,7 @@ def test_one_training_at_a_time_in_a_folder(small, tmp_path):
     task = task_of(embedder)
 
     def batch(indices):
-        with pytest.raises(InputError, match="expected no other training there, found one that is running"):
+        with pytest.raises(InputError, match="expected no other run there, found one that is running"):
             train(embedder.model, task, OPTIONS, tmp_path)
         raise StopIteration
 

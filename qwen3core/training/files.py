@@ -1,13 +1,10 @@
 """The files of one training: the log of losses, their plot, and the state to resume from."""
 
-import fcntl
 import hashlib
 import importlib.util
 import json
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +30,6 @@ def digest(values: Iterable[str | Tensor]) -> str:
 
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().flatten().view(torch.uint8).numpy().data
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make the folder and hold it for one training at a time, as long as the process lives. Raises InputError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise InputError(f"{folder}: expected no other training there, found one that is running") from error
-    except OSError:
-        pass  # a file system without locks
-    try:
-        yield
-    finally:
-        os.close(handle)
 
 
 class RunFiles:

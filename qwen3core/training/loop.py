@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from ..errors import InputError, check_int, check_number
 from ..model import Qwen3Model
+from ..writing import locked
 from .cached_gradients import CachedGradients
-from .files import RunFiles, digest, locked
+from .files import RunFiles, digest
 from .tasks import Task
 
 
