@@ -1,33 +1,58 @@
-"""Texts and rows, read in one way by the commands, training, evaluation and ``stream``: files and standard input.
+"""Texts and rows, read in one way by the commands, training, evaluation and ``stream``: files, URLs, standard input.
 
 UTF-8 whatever the locale says; a byte order mark at the beginning is no text; a line ends at ``\\n``, ``\\r\\n`` or
-``\\r``, nowhere else (U+2028 and its like are part of a text). Every error names the line.
+``\\r``, nowhere else (U+2028 and its like are part of a text). Every error names the line, or of Parquet the row.
 """
 
 import io
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import InputError, as_text, check_unicode
 
-ENDINGS = (".jsonl", ".txt")
+ENDINGS = (".jsonl", ".parquet", ".txt")
 """Endings of the files that ``read_rows`` reads, in any case."""
 
+PARQUET_ROWS = 1024
+"""Rows of a Parquet file that are decoded at a time."""
 
-def read_lines(source: str | Path) -> Iterator[tuple[str, str]]:
+
+def is_url(source: str | Path) -> bool:
+    """Whether it has the form ``protocol://...``."""
+    return bool(re.fullmatch(r"\w[\w.+-]*://\S+", str(source)))
+
+
+def open_bytes(source: str | Path) -> AbstractContextManager[BinaryIO]:
+    """The bytes of a file, of a URL that fsspec and its packages know, or of ``-``, standard input.
+
+    Raises InputError, and the errors of OSError's and other families that fsspec's packages have.
+    """
+    if source == "-":
+        return nullcontext(sys.stdin.buffer)  # before the decoding: sys.stdin has the locale's
+    if not is_url(source):
+        return open(source, "rb")
+    try:
+        import fsspec
+
+        return fsspec.open(str(source), "rb")
+    except (ImportError, ValueError) as error:  # fsspec's own, or what it says of a protocol
+        raise InputError(f"{source}: expected a URL that can be read here, found {error}") from error
+
+
+def read_lines(source: str | Path, file: BinaryIO | None = None) -> Iterator[tuple[str, str]]:
     """(line, "source, line n") of every line, blank ones included, as it is read; ``-`` is standard input.
 
-    What follows the last line end is no line if it is empty. Raises InputError (not UTF-8, or what ``check_unicode``
-    refuses) and OSError.
+    What follows the last line end is no line if it is empty. file: ``source``, where it is open already. Raises
+    InputError (not UTF-8, or what ``check_unicode`` refuses) and OSError.
     """
     name = "standard input" if source == "-" else source
-    # Before the decoding, sys.stdin has the locale's.
-    with nullcontext(sys.stdin.buffer) if source == "-" else open(source, "rb") as file:
+    with nullcontext(file) if file else open_bytes(source) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape")
         try:
             for number, line in enumerate(text, 1):
@@ -57,12 +82,64 @@ def read_jsonl(source: str | Path, broken: list[str] | None = None) -> Iterator[
 
 
 def read_rows(source: str | Path) -> Iterator[tuple[Any, str]]:
-    """(row, where): JSON values of a .jsonl file, lines of a .txt file or of standard input. Raises InputError."""
-    ending = Path(source).suffix.lower()
+    """(row, where): of .jsonl JSON values, of .parquet objects, of .txt and standard input lines. Raises InputError."""
+    _check_ending(source)
+    with open_bytes(source) as file:
+        for read, where in unread_rows(source, file):
+            yield read(), where
+
+
+def unread_rows(
+    source: str | Path, file: BinaryIO, columns: Sequence[str] | None = None
+) -> Iterator[tuple[Callable[[], Any], str]]:
+    """(function that parses and checks the row, where) of every row, for those who pass some over.
+
+    file: ``source``, open. columns: of Parquet, those to read where they are there; None: all. Raises InputError.
+    """
+    ending = _check_ending(source)
+    if ending == ".parquet":
+        yield from _parquet_rows(source, file, columns)
+        return
+    for line, where in read_lines(source, file):
+        if ending != ".jsonl":
+            yield partial(str, line), where
+        elif line.strip():
+            yield partial(_parse_json, line, where), where
+
+
+def _check_ending(source: str | Path) -> str:
+    """The ending of a source whose rows can be read; none of standard input. Raises InputError."""
+    ending = "" if source == "-" else Path(source).suffix.lower()
     if source != "-" and ending not in ENDINGS:
         found = "a directory" if Path(source).is_dir() else ending or "no ending"
-        raise InputError(f"{source}: expected a file ending in {' or '.join(ENDINGS)}, found {found}")
-    return read_jsonl(source) if ending == ".jsonl" else read_lines(source)
+        raise InputError(f"{source}: expected a file ending in {', '.join(ENDINGS)}, found {found}")
+    return ending
+
+
+def _parquet_rows(
+    source: str | Path, file: BinaryIO, columns: Sequence[str] | None
+) -> Iterator[tuple[Callable[[], Any], str]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise InputError(f"{source}: pyarrow is not installed: pip install pyarrow ({error})") from error
+
+    def read(batch: Any, index: int, where: str) -> Any:
+        try:
+            row = {name: column[index].as_py() for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+        except UnicodeDecodeError as error:
+            raise InputError(f"{where}: expected UTF-8 text, found {error}") from error
+        _check(row, where)
+        return row
+
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(PARQUET_ROWS, columns=columns):
+            for index in range(len(batch)):
+                where = f"{source}, row {(number := number + 1)}"
+                yield partial(read, batch, index, where), where
+    except ArrowException as error:
+        raise InputError(f"{source}: expected a Parquet file, found {error}") from error
 
 
 def as_iterator(name: str, values: Iterable[Any]) -> Iterator[Any]:

@@ -164,7 +164,7 @@ def test_no_files_name_is_taken_for_a_text(tmp_path, capsys, name):
     path.write_text("gold is a metal\n")
     status, _, said = run(capsys, "embed", "not-even-opened", path)
     assert status == 2
-    assert f"{path}: expected a file ending in .jsonl or .txt, found " in said
+    assert f"{path}: expected a file ending in .jsonl, .parquet, .txt, found " in said
 
 
 def test_what_is_a_text_is_said(embedding_dir, tmp_path, capsys):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from ..errors import InputError, check_unicode
-from ..reading import ENDINGS, read_rows
+from ..reading import ENDINGS, is_url, read_rows
 from ..writing import writing
 
 FORMATS = (".jsonl", ".npy", ".safetensors")
@@ -27,7 +27,7 @@ def add_inputs(parser: argparse.ArgumentParser, what: str, name: str = "inputs")
         nargs="*",
         default=[],
         metavar="INPUT",
-        help=f"{what}: a {' or '.join(ENDINGS)} file, - (standard input), or a text of several words",
+        help=f"{what}: a {' or '.join(ENDINGS)} file or its URL, - (standard input), or a text of several words",
     )
     parser.add_argument("--text", action="append", default=[], help="a text, whatever it looks like; may be repeated")
 
@@ -40,7 +40,7 @@ def read_inputs(inputs: Sequence[str], texts: Sequence[str] = ()) -> Iterator[tu
     if not inputs and not texts:
         raise InputError("expected an INPUT or a --text, found neither")
     for item in inputs:
-        if item == "-" or os.path.exists(item):
+        if item == "-" or os.path.exists(item) or is_url(item):
             yield from read_rows(item)
         elif re.search(r"\s", item) and not re.search(r"\.\w+$", item):
             yield _argument(item)
