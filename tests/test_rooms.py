@@ -21,6 +21,7 @@ TOOLS = (
     "profiling",
     "serving",
     "commands",
+    "corpora",
     "weights.synthesize",
     "weights.merge",
     "weights.tiny_recipe",

@@ -55,9 +55,14 @@ def add_split_special_tokens(parser: argparse.ArgumentParser) -> None:
 
 def open_pretrained(kind: type[Opened], args: argparse.Namespace, **changed: Any) -> Opened:
     """The checkpoint that the arguments name, with their options; changed: in place of theirs."""
-    names = ("model", "revision", "dtype", "device", "ops", "job", "max_length", "split_special_tokens")
-    options = {name: value for name, value in vars(args).items() if name in names} | changed
+    options = model_options(args) | changed
     return kind.from_pretrained(options.pop("model"), **options)
+
+
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of ``from_pretrained`` among a command's, by name."""
+    names = ("model", "revision", "dtype", "device", "ops", "job", "max_length", "split_special_tokens")
+    return {name: value for name, value in vars(args).items() if name in names}
 
 
 def require(package: str, module: str) -> None:

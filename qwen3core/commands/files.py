@@ -98,6 +98,16 @@ def output_name(value: str) -> str:
     return value if value == "-" else file_name(value, FORMATS)
 
 
+def output_name_or_folder(value: str) -> str:
+    """``output_name``, or a folder: what is one, or ends in ``/``."""
+    return value if is_folder(value) else output_name(value)
+
+
+def is_folder(output: str) -> bool:
+    """Whether an ``--output`` is a folder, there already or to be made."""
+    return output.endswith("/") or os.path.isdir(output)
+
+
 def file_name(value: str, formats: tuple[str, ...]) -> str:
     """A file of one of these formats that can be written, as argparse's ``type``."""
     path = Path(value)
