@@ -21,6 +21,8 @@ ENDINGS = (".jsonl", ".parquet", ".txt")
 
 PARQUET_ROWS = 1024
 """Rows of a Parquet file that are decoded at a time."""
+PARQUET_BYTES = 2**20
+"""Bytes that are read at a time of each of its columns."""
 
 
 def is_url(source: str | Path) -> bool:
@@ -134,7 +136,9 @@ def _parquet_rows(
 
     number = 0
     try:
-        for batch in parquet.ParquetFile(file).iter_batches(PARQUET_ROWS, columns=columns):
+        # Without both options, all that has been read of the file, or a whole column of a row group, stays in memory.
+        opened = parquet.ParquetFile(file, pre_buffer=False, buffer_size=PARQUET_BYTES)
+        for batch in opened.iter_batches(PARQUET_ROWS, columns=columns):
             for index in range(len(batch)):
                 where = f"{source}, row {(number := number + 1)}"
                 yield partial(read, batch, index, where), where
