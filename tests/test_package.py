@@ -25,7 +25,8 @@ def test_importing_imports_neither_transformers_nor_triton(tmp_path):
     for cwd in (ROOT, tmp_path):
         new = {name.split(".")[0] for name in python(code, cwd).split()}
         assert "qwen3core" in new
-        assert not new & {"transformers", "triton", "sentence_transformers", "kernels", "weights", "fastapi", "uvicorn"}
+        heavy = {"transformers", "triton", "sentence_transformers", "fastapi", "uvicorn", "pyarrow", "ray", "mteb"}
+        assert not new & (heavy | {"kernels", "weights"})
 
 
 def test_without_triton_its_ops_say_so():

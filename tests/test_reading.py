@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from checkpoint_files import tiny
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -207,3 +208,24 @@ def test_no_locale_changes_a_text(locale):
     done = subprocess.run([*command], input=texts[0].encode(), capture_output=True, env=env, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert [json.loads(line)["text"] for line in done.stdout.decode("utf-8").splitlines()] == texts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["embed", "rerank"])
+def test_of_200_000_lines_none_is_lost(tmp_path, command):
+    """One of 10 MB, a byte order mark, both line ends, and equal ones among them."""
+    model = tiny(tmp_path / "model", "embedding" if command == "embed" else "reranker")
+    texts = [f"text {n % 150_000}" for n in range(200_000)]
+    texts[777] = "gold is a metal " * 650_000
+    ends = ["\n", "\r\n"]
+    content = "".join(text + ends[n % 2] for n, text in enumerate(texts))
+    (tmp_path / "x.txt").write_bytes(codecs.BOM_UTF8 + content.encode())
+    out = tmp_path / "out.jsonl"
+    query = ["--query", "which?"] if command == "rerank" else []
+    call = [command, str(model), str(tmp_path / "x.txt"), "-o", str(out), "--max-length", "128", *query]
+    assert main([*call, "--ops", "reference"]) == 0
+    with out.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    rows.sort(key=lambda row: row.get("corpus_id", 0))
+    assert len(rows) == len(texts)
+    assert all(row["text"] == text for row, text in zip(rows, texts, strict=True))
