@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..embedder import Embedder, Vectors
+from ..embedder import Embedder, EncodeOptions, Vectors
 from ..errors import InputError
 from ..weights.find import PATTERNS, base_directory
 
@@ -23,8 +23,10 @@ class Embed:
             whatever it computed before; on a GPU ``"auto"``.
         options: of ``Embedder.from_pretrained``.
 
-    Example, with Ray Data:
-        ray.data.read_parquet(path).map_batches(Embed, fn_constructor_args=[model], concurrency=2, batch_size=1024)
+    With Ray Data, on two workers:
+        pool = ray.data.ActorPoolStrategy(size=2)
+        rows = ray.data.read_parquet(path)
+        rows.map_batches(Embed, fn_constructor_args=[model], compute=pool, batch_size=1024).write_parquet(folder)
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class Embed:
         self.ops = ops or ("batch_invariant" if torch.device(device).type == "cpu" else "auto")
         self.embedder = Embedder.from_pretrained(model, ops=self.ops, **options)
         self.query, self.instruction = query or instruction is not None, instruction
-        self.options = {"truncate_dim": dim, "batch_tokens": batch_tokens}
+        self.options: EncodeOptions = {"truncate_dim": dim, "batch_tokens": batch_tokens, "show_progress_bar": False}
         self.opened_with = options
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
@@ -54,10 +56,9 @@ class Embed:
 
     def encode(self, texts: list[str]) -> Vectors:
         """float32 [n, dim]."""
-        options = {**self.options, "show_progress_bar": False}
         if self.query:
-            return self.embedder.encode_query(texts, instruction=self.instruction, **options)
-        return self.embedder.encode_document(texts, **options)
+            return self.embedder.encode_query(texts, instruction=self.instruction, **self.options)
+        return self.embedder.encode_document(texts, **self.options)
 
     def identity(self) -> dict[str, Any]:
         """What decides on the vectors, as JSON: a hash of the checkpoint's files, and the options."""
@@ -66,7 +67,8 @@ class Embed:
             "checkpoint": checkpoint_hash(self.embedder.directory),
             "query": self.query,
             "instruction": self.instruction,
-            **self.options,
+            "dim": self.options["truncate_dim"],
+            "batch_tokens": self.options["batch_tokens"],
             "max_length": self.embedder.max_length,
             "dtype": str(self.embedder.dtype if dtype == "auto" else dtype).removeprefix("torch."),
             "ops": self.ops,
