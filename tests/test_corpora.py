@@ -293,6 +293,11 @@ def test_a_row_that_fails_is_named(stage, tmp_path):
     assert [*files(tmp_path / "out-2")] == [MANIFEST, "part-00000.parquet"]
 
 
+def test_a_number_beyond_the_processes_is_refused(stage, corpus, tmp_path):
+    with pytest.raises(InputError, match="shard: its number: expected an integer from 1 to 3, found 0"):
+        embed_corpus(stage, [str(corpus)], tmp_path / "out", shard=(0, 3))
+
+
 def test_one_process_of_a_number_at_a_time(model, stage, corpus, tmp_path):
     class Second(Embed):
         def __call__(self, batch):

@@ -49,6 +49,7 @@ def embed_corpus(
     """
     check_int("rows_per_shard", rows_per_shard, 1)
     k, n = shard
+    check_int("shard: its number", k, 1, n)
     output = Path(output)
     sources = [fingerprint(name) for name in inputs]
     own = output / f".{k}-of-{n}"
