@@ -415,7 +415,7 @@ embedded = rows.map_batches(
 embedded.write_parquet(str(out))
 thread.join()
 workers = {int(path.name.partition("-")[2]) for path in seen.iterdir()}
-print(json.dumps({"killed": killed, "workers": len(workers)}))
+(out.parent / "found.json").write_text(json.dumps({"killed": killed, "workers": len(workers)}))
 """
 
 
@@ -427,7 +427,8 @@ def test_ray_data_takes_the_stage_and_loses_nothing_with_a_worker(model, tmp_pat
     (tmp_path / "seen").mkdir()
     paths = [str(tmp_path / name) for name in ("out", "model", "seen", "corpus.jsonl")]
     paths[1] = str(model)
-    found = json.loads(program_output(["-c", RAY, *paths]))
+    program_output(["-c", RAY, *paths])
+    found = json.loads((tmp_path / "found.json").read_text())  # Ray writes to standard output, to the last
     assert len(found["killed"]) == 1
     assert found["workers"] >= 3  # two, and the one in the place of the killed
     embed_corpus(Embed(model, ops="reference"), [str(corpus)], tmp_path / "expected", rows_per_shard=8)
