@@ -362,7 +362,7 @@ def program_output(arguments):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]
+    return "".join(done.stdout.splitlines()[-1:])
 
 
 def test_the_recipe_of_a_search(tmp_path, monkeypatch, capsys):
