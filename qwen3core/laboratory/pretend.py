@@ -45,7 +45,7 @@ WAITS: list[str] = []
 """What the host waited for, in order: an operation, and the line that asked."""
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal"}
 """Operations of torch whose result or its size the host must know."""
-MIXING = {"copy_", "index", "index_put_", "_index_put_impl_"}
+MIXING = {"copy_", "index", "index_put", "index_put_", "_index_put_impl_"}
 """Operations that take tensors of both; they copy, and wait."""
 
 
