@@ -339,7 +339,7 @@ class Pretrained:
         for block, sequences in zip(blocks, tokenised, strict=True):
             self._check(block, sequences, batch_tokens)
             shared = [prefixes[i] if share else () for i in block]
-            yield from self._pack_block(block, sequences, shared, batch_tokens, batch_size)
+            yield from self.pack_block(block, sequences, shared, batch_tokens, batch_size)
 
     def _check(self, indices: list[int], sequences: list[list[int]], batch_tokens: int | None) -> None:
         """Raise InputError for a sequence that is empty, or that the model or the batch cannot hold."""
@@ -356,13 +356,13 @@ class Pretrained:
                 f"(index {indices[sequences.index(longest)]}), found {batch_tokens}"
             )
 
-    def _pack_block(
+    def pack_block(
         self,
         indices: list[int],
         sequences: list[list[int]],
         prefixes: list[Prefix],
         batch_tokens: int | None,
-        batch_size: int | None,
+        batch_size: int | None = None,
     ) -> Iterator[PackedBatch]:
         """Packed batches of these sequences; what they share of their prefixes comes from the cache or once."""
         shared = shared_prefixes(sequences, prefixes)

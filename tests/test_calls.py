@@ -167,7 +167,7 @@ def test_quantised_as_theirs(precision):
                     quantize(vectors, precision)
                 continue
             found, right = quantize(vectors, precision, ranges), quantize_embeddings(vectors, precision, ranges)
-            assert found.dtype == right.dtype
+            assert found.dtype == np.asarray(right).dtype
             np.testing.assert_array_equal(found, right)
 
 
@@ -356,8 +356,8 @@ def test_rank_as_theirs(reranker, cross_peer):
     options = {"top_k": 3, "return_documents": True, "activation_fn": torch.nn.Tanh()}
     ours, theirs = (model.rank(QUERY, TEXTS, **options) for model in (reranker, cross_peer))
     assert [(hit["corpus_id"], hit["text"]) for hit in ours] == [(hit["corpus_id"], hit["text"]) for hit in theirs]
-    scores = [[hit["score"] for hit in hits] for hits in (ours, theirs)]
-    np.testing.assert_allclose(*scores, rtol=0, atol=LOGIT_FP32)
+    a, b = ([hit["score"] for hit in hits] for hits in (ours, theirs))
+    np.testing.assert_allclose(a, b, rtol=0, atol=LOGIT_FP32)
     assert all(type(hit["score"]) is float for hit in ours)
 
 

@@ -222,7 +222,7 @@ class Batcher:
         share = pretrained.model.shortcuts and (len(sequences) > 1 or pretrained.prefix_cache.max_tokens)
         prefixes = [job.work.prefixes[i] if share else () for job, group in taken for i in group]
         results, order = [], []
-        for batch in pretrained._pack_block(list(range(len(sequences))), sequences, prefixes, self._limit(work)):
+        for batch in pretrained.pack_block(list(range(len(sequences))), sequences, prefixes, self._limit(work)):
             self.observe(len(batch.indices), len(batch.input_ids))
             results.append(pretrained.compute(batch, **work.options))
             order += batch.indices.tolist()
