@@ -18,6 +18,7 @@ from .reading import as_pairs, as_texts
 FIRST = ("inputs", "sentences", "pairs")
 """Names of the first argument: theirs, theirs before version 6, and ours of ``predict``."""
 REFUSED = "refused: "
+"""How the meaning of a keyword begins that is refused; what to use follows."""
 BOTH = {
     "inputs": "same, as sentences too; also an array, a Series, a generator; no pictures, sound or messages",
     "batch_size": "same, the most texts of a batch; None, the default here, leaves it to batch_tokens, which holds too",
@@ -29,6 +30,7 @@ BOTH = {
     "chunk_size": "same",
     "processing_kwargs": REFUSED + "max_seq_length, or max_length= of from_pretrained, bounds an input",
 }
+"""Keywords of both jobs, and what each means here."""
 OF_ENCODE = BOTH | {
     "prompt_name": "same",
     "prompt": "same",
@@ -38,6 +40,7 @@ OF_ENCODE = BOTH | {
     "truncate_dim": "cut and then of unit length again, as theirs with normalize_embeddings=True",
     "task": "same: it chooses a route, of which these checkpoints have one",
 }
+"""Those of ``encode``."""
 OF_PREDICT = BOTH | {
     "prompt": "same, our instruction",
     "prompt_name": REFUSED + "instruction= takes the words themselves",
@@ -48,6 +51,7 @@ OF_PREDICT = BOTH | {
     "top_k": "same",
     "return_documents": "same",
 }
+"""Those of ``predict`` and ``rank``."""
 __doc__ += "".join(
     f"\n{title}:\n\n" + "".join(f"- ``{name}``: {meaning}\n" for name, meaning in table.items())
     for title, table in (("Embedder", OF_ENCODE), ("Reranker", OF_PREDICT))

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from .errors import InputError, check_one_of, warn
 
 PRECISIONS = ("int8", "uint8", "binary", "ubinary")
+"""What ``quantize`` takes."""
 
 
 def quantize(vectors: NDArray[np.float32], precision: str, ranges: NDArray[np.float32] | None = None) -> NDArray[Any]:

@@ -383,7 +383,7 @@ def test_options_of_the_command_hold_for_the_reranker(embedding_dir, reranker_di
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "expected --sts or --retrieval, found neither"),
+        ([], "expected --sts, --retrieval or --mteb with tasks, found none"),
         (["--sts", "x", "--qrels", "y"], "expected --retrieval with --qrels, found none"),
         (["--sts", "x", "--reranker", "y"], "expected --retrieval with --reranker, found none"),
         (["--sts", "x", "--no-ignore-identical-ids"], "expected --retrieval with --ignore-identical-ids, found none"),

@@ -37,6 +37,10 @@ def test_two_processes_give_the_vectors_of_one(embedder, pool):
         np.testing.assert_allclose(found / scale, expected / scale, atol=tolerances.SAME_TEXT_FP32)
     found = embedder.encode_query(TEXTS, pool=pool, convert_to_tensor=True, chunk_size=7)
     np.testing.assert_allclose(found, embedder.encode_query(TEXTS), atol=tolerances.SAME_TEXT_FP32)
+    bits = [embedder.encode(TEXTS, precision="ubinary", **options) for options in ({"pool": pool}, {})]
+    assert np.unpackbits(bits[0] ^ bits[1]).mean() < 1e-3  # signs of numbers that are almost 0
+    rows = embedder.encode(TEXTS, pool=pool, convert_to_numpy=False)
+    assert [row.shape for row in rows] == [(256,)] * len(TEXTS)
     assert len({process.pid for process in pool.executor._processes.values()}) == 2
 
 
@@ -72,5 +76,10 @@ def test_what_is_refused(embedder, pool):
         embedder.encode(TEXTS, pool=pool, chunk_size=0)
     with pytest.raises(InputError, match="grad: expected none with several devices"):
         embedder.encode(TEXTS, pool=pool, grad=True)
+    with pytest.raises(InputError, match="chunk_size: expected none without pool"):
+        embedder.encode(TEXTS, chunk_size=2)
+    for options in ({"pool": pool}, {"device": ["cpu"]}):
+        with pytest.raises(InputError, match="output_value: expected 'sentence_embedding' of several devices"):
+            embedder.encode(TEXTS, output_value="token_embeddings", **options)
     with pytest.raises(InputError, match="expected no capture or edit active"), capture(embedder, "embed"):
         embedder.encode(TEXTS, pool=pool)

@@ -19,6 +19,7 @@ from .source import Source, converted
 
 OPSET, IR_VERSION = 23, 11
 INPUTS = ("input_ids", "attention_mask")
+"""Names of a graph's inputs."""
 ACTIVATIONS = {
     **{name: name for name in ("Identity", "Sigmoid", "Tanh", "Mish", "Softplus", "Softsign")},
     **{"ReLU": "Relu", "GELU": "Gelu", "ELU": "Elu", "SELU": "Selu", "CELU": "Celu", "LeakyReLU": "LeakyRelu"},
@@ -36,12 +37,14 @@ class Builder:
 
         self.ir, self.tape = onnx_ir, Tape()
         self.half = {"Linear": half, "Embedding": half or embeddings_half}
+        """Whether matrices of a kind are stored in float16."""
 
     def __call__(self, op: str, *inputs: Any, **attributes: Any) -> Any:
         values = [x if isinstance(x, self.ir.Value) else self.constant(x) for x in inputs]
         return self.tape.op(op, values, attributes)
 
     def constant(self, value: Any) -> Any:
+        """An int64 or float32 constant of a number or an array."""
         array = np.asarray(value)
         array = array.astype(np.int64 if array.dtype.kind == "i" else np.float32)
         return self.tape.initializer(self.ir.tensor(array), f"constant_{len(self.tape.initializers)}")
@@ -60,6 +63,7 @@ class Builder:
         return self.tape.initializer(lazy, name)
 
     def float(self, x: Any) -> Any:
+        """x in float32."""
         return self("Cast", x, to=self.ir.DataType.FLOAT)
 
     def linear(self, x: Any, name: str, module: Any) -> Any:
@@ -68,9 +72,11 @@ class Builder:
         return self("MatMul", x, self.float(weight) if self.half["Linear"] else weight)
 
     def norm(self, x: Any, name: str, module: Any) -> Any:
+        """RMSNorm along the last dimension."""
         return self("RMSNormalization", x, self.weight(f"{name}.weight", module.weight), axis=-1, epsilon=module.eps)
 
     def activation(self, x: Any, name: str) -> Any:
+        """An activation of torch.nn by its class's name. Raises InputError."""
         if name not in ACTIVATIONS:
             raise InputError(f"activation: expected one of {', '.join(ACTIVATIONS)}, found {name}")
         return self(ACTIVATIONS[name], x)

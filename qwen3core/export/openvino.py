@@ -12,6 +12,7 @@ from .onnx import save
 from .source import HELD_BY_GRAPHS, Source, check_held, copy_surroundings, describe
 
 DTYPES = ("float32", "float16")
+"""What matrices may be stored in."""
 
 
 def write(source: Source, output: Path, dtype: str) -> None:

@@ -21,6 +21,7 @@ from ..weights.tensors import Tensors, beside_weights, check_rewritable, copy_wi
 
 Source = Embedder | Reranker
 JOBS = ("embedding", "reranker")
+"""What an exported checkpoint may be for."""
 HELD_BY_GRAPHS: dict[str, Any] = {"pooling": LAST_TOKEN, "include_prompt": True}
 """Fields of a layout that ``graph.build`` takes one value of, and that value."""
 
