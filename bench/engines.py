@@ -139,8 +139,8 @@ def _qwen3core_rerank(directory: Path, dtype: str, device: str, length: int) -> 
 
 
 def _products(directory: Path, dtype: str, device: str) -> Callable[[int], np.ndarray]:
-    """Random rows by random weights of the model's shapes; q, k and v as one, gate and up as one. On a CPU the weights
-    are in oneDNN's own layout: nothing else in PyTorch multiplies as fast."""
+    """Random rows by random weights of the model's shapes; q, k and v as one, gate and up as one. On a CPU that
+    has instructions for the dtype, the weights are in oneDNN's own layout: nothing else in PyTorch is as fast."""
     import torch
     from torch.nn import functional as F
 
@@ -153,7 +153,8 @@ def _products(directory: Path, dtype: str, device: str) -> Callable[[int], np.nd
     kind = getattr(torch, dtype)
     weights = [torch.randn(shape, device=device, dtype=kind) for shape in shapes * config.num_hidden_layers]
     widths = [weight.shape[1] for weight in weights]
-    if device == "cpu":
+    packed = device == "cpu" and (kind == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if packed:
         weights = [torch.ops.mkldnn._reorder_linear_weight(weight) for weight in weights]
 
     @functools.cache
@@ -163,7 +164,7 @@ def _products(directory: Path, dtype: str, device: str) -> Callable[[int], np.nd
     @torch.no_grad()
     def run(tokens: int) -> np.ndarray:
         for width, weight in zip(widths, weights, strict=True):
-            if device == "cpu":
+            if packed:
                 torch.ops.mkldnn._linear_pointwise(rows(tokens, width), weight, None, "none", [], "")
             else:
                 F.linear(rows(tokens, width), weight)

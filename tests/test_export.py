@@ -425,7 +425,8 @@ def test_nothing_is_imported_before_a_format_is_written():
 
 FORGETS_MEAN = {"pooling_mode_mean_tokens": False}
 """What sentence-transformers 5 takes for true where a file says nothing."""
-NO_KERNELS = 'raise ImportError("a kernels package that older transformers do not know")'
+HIDDEN = 'import sys; sys.modules |= {"kernels": None, "datasets": None}'
+"""A sitecustomize.py for libraries older than those that this environment has of these."""
 SENTENCE_TRANSFORMERS = """
 import json, sys, numpy as np
 from sentence_transformers import SentenceTransformer
@@ -474,7 +475,7 @@ def test_sentence_transformers_opens_the_folder(exported, embedder, tmp_path, fo
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", packages, *BACKENDS[format]]
     if (done := subprocess.run(pip, capture_output=True, text=True, timeout=500)).returncode:
         pytest.skip(f"pip cannot install {format}'s reader: {done.stderr[-300:]}")
-    (packages / "kernels.py").write_text(NO_KERNELS)
+    (packages / "sitecustomize.py").write_text(HIDDEN)
     folder = shutil.copytree(exported("tiny-embedding", format), tmp_path / "model")
     layouts.edit(folder, "1_Pooling/config.json", **FORGETS_MEAN)
     out = tmp_path / "out.npy"

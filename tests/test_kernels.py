@@ -40,7 +40,7 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-MODES = ["exact", 0, slow(1), slow(2)] if launch.INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
+MODES = ["exact", 0, slow(1)] if launch.INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(params=MODES, ids=lambda mode: mode if isinstance(mode, str) else f"GPU arithmetic, seed {mode}")

@@ -91,11 +91,16 @@ def numbers(found: Any, path: str = "") -> Iterator[tuple[str, float]]:
 
 
 def scores(model: Any, task: Any, **encode_kwargs: Any) -> dict[str, float]:
-    """mteb's scores, and its predictions, such as the similarity of each query and document."""
+    """mteb's scores, and its predictions, such as the similarity of each query and document.
+
+    But for those of clusters, which k-means numbers as it finds them: in another order with other last bits.
+    """
     options: Any = {"cache": None, "co2_tracker": False, "show_progress_bar": False, "encode_kwargs": encode_kwargs}
     with TemporaryDirectory() as folder:
         found = mteb.evaluate(model, task, prediction_folder=folder, **options).task_results[0].scores
         predictions = [json.loads(path.read_text("utf-8")) for path in Path(folder).rglob("*.json")]
+    if "Clustering" in task.metadata.type:
+        predictions = []
     for prediction in predictions:
         del prediction["mteb_model_meta"]
     return dict(numbers([found, predictions]))
