@@ -425,8 +425,7 @@ def test_nothing_is_imported_before_a_format_is_written():
 
 FORGETS_MEAN = {"pooling_mode_mean_tokens": False}
 """What sentence-transformers 5 takes for true where a file says nothing."""
-HIDDEN = 'import sys; sys.modules |= {"kernels": None, "datasets": None}'
-"""A sitecustomize.py for libraries older than those that this environment has of these."""
+NO_KERNELS = 'raise ImportError("a kernels package that older transformers do not know")'
 SENTENCE_TRANSFORMERS = """
 import json, sys, numpy as np
 from sentence_transformers import SentenceTransformer
@@ -437,12 +436,13 @@ np.save(out, model.encode(json.loads(texts)))
 BACKENDS = {
     "onnx": [
         *("sentence-transformers==5.2.0", "transformers==4.57.6", "huggingface_hub==0.36.0", "tokenizers==0.22.1"),
-        *("optimum==2.1.0", "optimum-onnx==0.1.0"),
+        *("optimum==2.1.0", "optimum-onnx==0.1.0", "datasets==4.4.1"),
     ],
     "openvino": [
         *("transformers==5.5.4", "huggingface_hub==1.5.0", "tokenizers==0.22.2", "optimum==2.3.0"),
         *("optimum-intel==2.2.0", "nncf==3.4.0", "openvino-tokenizers==2026.4.1.0", "tabulate==0.10.0"),
         *("natsort==8.4.0", "pydot==4.0.1", "jstyleson==0.0.2", "httpx==0.28.1", "httpcore==1.0.9"),
+        "datasets==4.4.1",
     ],
 }
 """What sentence-transformers' backends need: optimum-onnx transformers 4, optimum-intel less than 5.6."""
@@ -475,7 +475,7 @@ def test_sentence_transformers_opens_the_folder(exported, embedder, tmp_path, fo
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", packages, *BACKENDS[format]]
     if (done := subprocess.run(pip, capture_output=True, text=True, timeout=500)).returncode:
         pytest.skip(f"pip cannot install {format}'s reader: {done.stderr[-300:]}")
-    (packages / "sitecustomize.py").write_text(HIDDEN)
+    (packages / "kernels.py").write_text(NO_KERNELS)
     folder = shutil.copytree(exported("tiny-embedding", format), tmp_path / "model")
     layouts.edit(folder, "1_Pooling/config.json", **FORGETS_MEAN)
     out = tmp_path / "out.npy"
