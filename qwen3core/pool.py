@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import wraps
-from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -99,18 +98,18 @@ class Pool:
 def pooled(call: Callable[..., Any]) -> Callable[..., Any]:
     """``encode`` or ``predict`` with the keywords ``pool``, ``device`` (a list of devices) and ``chunk_size``."""
 
-    first = list(signature(call).parameters)[1]
-
     @wraps(call)
-    def split(self: Any, *args: Any, pool: Pool | None = None, chunk_size: int | None = None, **options: Any) -> Any:
+    def split(
+        self: Any, inputs: Any, *, pool: Pool | None = None, chunk_size: int | None = None, **options: Any
+    ) -> Any:
         devices = options.pop("device") if isinstance(options.get("device"), list | tuple) else None
         if pool is None and devices is None:
             if chunk_size is not None:
                 raise InputError("chunk_size: expected none without pool or a list of devices, whose it is")
-            return call(self, *args, **options)
-        [inputs] = args or [options.pop(first)]
-        inputs = inputs if isinstance(inputs, str) else as_list(first, inputs)
-        pair = call.__name__ == "predict" and len(inputs) == 2 and all(isinstance(part, str) for part in inputs)
+            return call(self, inputs, **options)
+        predicts = call.__name__ == "predict"
+        inputs = inputs if isinstance(inputs, str) else as_list("pairs" if predicts else "inputs", inputs)
+        pair = predicts and len(inputs) == 2 and all(isinstance(part, str) for part in inputs)
         if isinstance(inputs, str) or pair or not inputs:
             return call(self, inputs, **options)
         if options.pop("grad", False):
