@@ -15,7 +15,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import mteb
-import torch
 from datasets import Dataset, DatasetDict
 from mteb.abstasks import AbsTaskRetrieval, AbsTaskSTS
 from mteb.abstasks.abstask import AbsTask, get_abstask_prompt
@@ -94,8 +93,7 @@ class MtebEncoder(_Model):
 
     def similarity_pairwise(self, embeddings1: Vectors | Tensor, embeddings2: Vectors | Tensor) -> Tensor:
         """The checkpoint's, of rows of the same number."""
-        blocks = zip(*(torch.as_tensor(x).split(64) for x in (embeddings1, embeddings2)), strict=True)
-        return torch.cat([self.model.similarity(a, b).diagonal() for a, b in blocks])
+        return self.model.similarity_pairwise(embeddings1, embeddings2)
 
 
 class MtebReranker(_Model):

@@ -103,7 +103,7 @@ def build(source: Source, *, half: bool = False, embeddings_half: bool = False) 
         outputs = {"logits": logits, "scores": g.activation(logits, layout.activation)}
         shapes = [["batch", width], ["batch", width]]
     else:
-        width = min(layout.truncate_dim or 2**31, layout.width(config.hidden_size))
+        width = source.get_embedding_dimension()
         vectors = g("Slice", pooled, [0], [width], [1])
         vectors = _normalize(g, vectors) if layout.normalize else vectors
         outputs = {"last_hidden_state": hidden, "sentence_embedding": vectors}

@@ -49,7 +49,7 @@ def embedding(
         token_ids = [[*prefix[len(tokenizer.opening) :], *_alone(embedder, ids)] for ids in inputs]
     token_ids = _fitting(embedder, "input", token_ids, tokenizer.opening, tokenizer.closing, truncate)
     prompt_length = 0 if layout.include_prompt or not prompt else embedder._prompt_length(prefix)
-    dim = dim or min(layout.truncate_dim or width, width)
+    dim = dim or embedder.get_embedding_dimension()
     return Work(
         embedder,
         tokenizer.close(token_ids, embedder.max_length),
