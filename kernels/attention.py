@@ -48,6 +48,7 @@ from qwen3core.reference import declare, sequences
 from .launch import INTERPRETED, check, check_cu_seqlens, launch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @declare(causal=True)
@@ -253,12 +254,13 @@ def store_rows(out_ptr, lse_ptr, acc, m, total, token, query, head_q, exists,
                HQ: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr):  # fmt: skip
     """Write the tile's rows of out and lse, contiguous, from the running acc [BLOCK_M, D], m and total [BLOCK_M]."""
     # No key at all (not causal, an empty sequence of keys): zeros, and a logarithm of -inf.
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    acc *= tl.math.div_rn(1.0, tl.where(total > 0, total, 1.0))[:, None]
     at = query * HQ + head_q
     out_ptr += (token * HQ + tl.program_id(1) * GROUP) * D
     lse_ptr += token * HQ + tl.program_id(1) * GROUP
     tl.store(out_ptr + at[:, None] * D + tl.arange(0, D)[None, :], acc, mask=exists[:, None])
-    tl.store(lse_ptr + at, (m + tl.log2(total)) / LOG2_E, mask=exists)
+    # No division: a GPU's may err by two units of lse's last place, and in the gradients all p of the row with it.
+    tl.store(lse_ptr + at, (m + tl.log2(total)) * LN_2, mask=exists)
 
 
 @triton.jit

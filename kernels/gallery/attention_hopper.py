@@ -46,7 +46,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from qwen3core.errors import InputError
 from qwen3core.reference import declare
 
-from ..attention import LOG2_E, check_attention, key_range, query_tile
+from ..attention import LN_2, LOG2_E, check_attention, key_range, query_tile
 from ..launch import INTERPRETED, launch
 
 CONFIGS = ((128, 2), (64, 4), (64, 2))  # (BLOCK_N, STAGES); the first is the default
@@ -265,7 +265,7 @@ def store_rows(acc, m, total, out_ptr, lse_ptr, q_start, first, len_q, head, row
     at = (q_start + first).to(gl.int64) * HQ + head * GROUP
     row = gl.arange(0, ROWS, row_layout)
     exists = first + row // GROUP < len_q
-    gl.store(lse_ptr + at + row // GROUP * HQ + row % GROUP, (m + gl.log2(total)) / LOG2_E, mask=exists)
+    gl.store(lse_ptr + at + row // GROUP * HQ + row % GROUP, (m + gl.log2(total)) * LN_2, mask=exists)
     divisor = gl.convert_layout(gl.where(total > 0, total, 1.0), gl.SliceLayout(1, acc_layout))
     out = gl.convert_layout((acc / divisor[:, None]).to(out_ptr.dtype.element_ty), out_layout)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, out_layout))
