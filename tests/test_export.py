@@ -423,8 +423,6 @@ def test_nothing_is_imported_before_a_format_is_written():
 # Readers whose packages do not go with the versions that are tested here, or are none of Python: each is installed
 # into a folder of its own.
 
-FORGETS_MEAN = {"pooling_mode_mean_tokens": False}
-"""What sentence-transformers 5 takes for true where a file says nothing."""
 NO_KERNELS = 'raise ImportError("a kernels package that older transformers do not know")'
 SENTENCE_TRANSFORMERS = """
 import json, sys, numpy as np
@@ -477,7 +475,6 @@ def test_sentence_transformers_opens_the_folder(exported, embedder, tmp_path, fo
         pytest.skip(f"pip cannot install {format}'s reader: {done.stderr[-300:]}")
     (packages / "kernels.py").write_text(NO_KERNELS)
     folder = shutil.copytree(exported("tiny-embedding", format), tmp_path / "model")
-    layouts.edit(folder, "1_Pooling/config.json", **FORGETS_MEAN)
     out = tmp_path / "out.npy"
     environment = os.environ | {"PYTHONPATH": str(packages), "HF_HUB_OFFLINE": "1"}
     texts = [text.strip() for text in TEXTS]  # as sentence-transformers 5 does

@@ -104,8 +104,9 @@ def _json_files(layout: Layout, tok: tokenizers.Tokenizer) -> dict[str, Any]:
     }
     if layout.kind == "embedding":
         modules = {"": "models.Transformer", "1_Pooling": "models.Pooling", "2_Normalize": "models.Normalize"}
-        pooling = {"word_embedding_dimension": layout.config.hidden_size, "pooling_mode_lasttoken": True}
-        files["1_Pooling/config.json"] = {**pooling, "include_prompt": True}
+        # The mean, which sentence-transformers 5 takes where the file does not say.
+        modes = {"pooling_mode_mean_tokens": False, "pooling_mode_lasttoken": True, "include_prompt": True}
+        files["1_Pooling/config.json"] = {"word_embedding_dimension": layout.config.hidden_size, **modes}
         stored = {"prompts": prompts.EMBEDDING_PROMPTS, "default_prompt_name": None, "similarity_fn_name": "cosine"}
     else:
         scoring = "cross_encoder.modules.logit_score.LogitScore"
