@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from .batch import PackedBatch, build_cu_seqlens
+from .batch import PackedBatch, Prefix, build_cu_seqlens
 from .calls import as_vectors, theirs
 from .errors import InputError, as_text, check_int, check_one_of, warn
 from .layout import SIMILARITIES, Layout
@@ -211,18 +211,18 @@ class Embedder(Pretrained):
         Raises:
             InputError: for what is not text, or an option that cannot be.
         """
-        layout, width = self.layout, self.layout.width(self.model.config.hidden_size)
-        if not layout.pooling:
+        width = self.layout.width(self.model.config.hidden_size)
+        if not self.layout.pooling:
             raise InputError("encode: expected a checkpoint that pools, found one of late interaction (encode_tokens)")
         texts = as_texts("inputs", inputs)
-        prompt = as_text("prompt", self._prompt(prompt_name) if prompt is None else prompt)
+        prompt = as_text("prompt", self.prompt_named(prompt_name) if prompt is None else prompt)
         if truncate_dim is not None:
             check_int("truncate_dim", truncate_dim, 1, width)
             if truncate_dim < 32:
                 warn(f"truncate_dim={truncate_dim}: the models are trained for 32 and more")
         elif self.truncate_dim is not None:
             truncate_dim = self.get_embedding_dimension()
-        prefix = self._prefix(prompt)
+        prefix, prompt_length = self.prefix(prompt)
         embeddings = self.run(
             [prompt + text for text in texts],
             [prefix] * len(texts),
@@ -233,7 +233,7 @@ class Embedder(Pretrained):
             grad=grad,
             dim=truncate_dim,
             normalize=normalize_embeddings,
-            prompt_length=0 if layout.include_prompt or not prompt else self._prompt_length(prefix),
+            prompt_length=prompt_length,
         )
         return as_asked(embeddings, single=isinstance(inputs, str), tensor=convert_to_tensor or grad)
 
@@ -262,7 +262,7 @@ class Embedder(Pretrained):
         layout = self.layout
         texts = as_texts("inputs", inputs)
         if prompt is None:
-            prompt = self._prompt(task if prompt_name is None else prompt_name)
+            prompt = self.prompt_named(task if prompt_name is None else prompt_name)
         prompt = as_text("prompt", prompt)
         limited = copy.copy(self)
         limits = {"query": layout.query_length, "document": layout.document_length}
@@ -284,15 +284,15 @@ class Embedder(Pretrained):
         vectors = torch.cat(rows) if rows else torch.empty(0, width, device=self.device)
         return TokenVectors(vectors, build_cu_seqlens(map(len, rows or ())))  # none where a capture stopped the model
 
-    def _prefix(self, prompt: str) -> tuple[int, ...]:
-        """The ids that all texts of a prompt may begin with."""
-        [ids] = self.tokenizer.encode([prompt])
-        return (*self.tokenizer.opening, *ids)
-
-    def _prompt_length(self, prefix: tuple[int, ...]) -> int:
-        """The tokens of a prompt by itself, as sentence-transformers counts those that are not pooled."""
-        alone = [*prefix, *self.tokenizer.closing]
-        return len(alone) - (self.tokenizer.backend.id_to_token(alone[-1]) in self.layout.special_tokens)
+    def prefix(self, prompt: str) -> tuple[Prefix, int]:
+        """The ids that all texts of a prompt may begin with; of the prompt's tokens, how many are not pooled."""
+        tokenizer, layout = self.tokenizer, self.layout
+        [ids] = tokenizer.encode([prompt])
+        prefix = (*tokenizer.opening, *ids)
+        if layout.include_prompt or not prompt:
+            return prefix, 0
+        alone = [*prefix, *tokenizer.closing]  # counted as sentence-transformers does
+        return prefix, len(alone) - (tokenizer.backend.id_to_token(alone[-1]) in layout.special_tokens)
 
     def query_prompt(self, instruction: str | None = None) -> str:
         """The prompt of queries; of a task of one's own, in the words that the checkpoint's prompts have around theirs.
@@ -300,7 +300,7 @@ class Embedder(Pretrained):
         Raises InputError where those have no place for one.
         """
         if instruction is None:
-            return self._prompt("query")
+            return self.prompt_named("query")
         before, _, after = EMBEDDING_QUERY.partition("{instruction}")
         prompts = [text for text in (self.prompts.get("query"), *self.prompts.values()) if text]
         own = [text for text in prompts if text.startswith(before) and after in text]
@@ -312,7 +312,8 @@ class Embedder(Pretrained):
         ending = own[0][own[0].rindex(after) :] if own else after
         return before + instruction + ending
 
-    def _prompt(self, name: str | None) -> str:
+    def prompt_named(self, name: str | None) -> str:
+        """The prompt of this name, by default ``default_prompt_name``'s. Raises InputError."""
         name = name if name is not None else self.default_prompt_name
         if name is None:
             return ""

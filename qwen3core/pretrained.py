@@ -249,9 +249,8 @@ class Pretrained:
         """
         use_threads()
         self._check_call(texts, batch_tokens, batch_size, grad, options)
-        alone = len(texts) < 2 and not self.prefix_cache.max_tokens  # nothing to share with
-        share = not grad and not alone and self.model.shortcuts
-        first_equal = _first_equal(texts) if share else list(range(len(texts)))
+        first_equal = _first_equal(texts) if self.model.shortcuts and not grad else list(range(len(texts)))
+        prefixes = [()] * len(texts) if grad else prefixes
         distinct = list(dict.fromkeys(first_equal))
         out: Any = [None] * len(texts)
         if shape is not None:
@@ -261,7 +260,7 @@ class Pretrained:
         progress = tqdm(total=len(distinct), disable=disable, delay=1, unit="text", leave=False)
         stopped = False
         with torch.set_grad_enabled(grad), progress as bar:
-            for batch in self._batches(texts, prefixes, distinct, batch_tokens, batch_size, share=share):
+            for batch in self._batches(texts, prefixes, distinct, batch_tokens, batch_size):
                 bar.update(len(batch.indices))
                 try:
                     results = self.compute(batch, **options)
@@ -330,16 +329,13 @@ class Pretrained:
         indices: list[int],
         batch_tokens: int | None,
         batch_size: int | None,
-        *,
-        share: bool,
     ) -> Iterator[PackedBatch]:
         """Packed batches of the texts at these indices; the next block is tokenised while one is computed."""
         blocks = [indices[i : i + TEXTS_PER_BLOCK] for i in range(0, len(indices), TEXTS_PER_BLOCK)]
         tokenised = prefetch(([texts[i] for i in block] for block in blocks), self.to_sequences)
         for block, sequences in zip(blocks, tokenised, strict=True):
             self._check(block, sequences, batch_tokens)
-            shared = [prefixes[i] if share else () for i in block]
-            yield from self.pack_block(block, sequences, shared, batch_tokens, batch_size)
+            yield from self.pack_block(block, sequences, [prefixes[i] for i in block], batch_tokens, batch_size)
 
     def _check(self, indices: list[int], sequences: list[list[int]], batch_tokens: int | None) -> None:
         """Raise InputError for a sequence that is empty, or that the model or the batch cannot hold."""
@@ -356,16 +352,21 @@ class Pretrained:
                 f"(index {indices[sequences.index(longest)]}), found {batch_tokens}"
             )
 
+    def shared(self, sequences: list[list[int]], prefixes: Sequence[Prefix]) -> list[Prefix]:
+        """For each sequence what of its prefix is computed once: nothing for one alone, or where the model says so."""
+        alone = len(sequences) < 2 and not self.prefix_cache.max_tokens
+        return shared_prefixes(sequences, [()] * len(sequences) if alone or not self.model.shortcuts else prefixes)
+
     def pack_block(
         self,
         indices: list[int],
         sequences: list[list[int]],
-        prefixes: list[Prefix],
+        prefixes: Sequence[Prefix],
         batch_tokens: int | None,
         batch_size: int | None = None,
     ) -> Iterator[PackedBatch]:
         """Packed batches of these sequences; what they share of their prefixes comes from the cache or once."""
-        shared = shared_prefixes(sequences, prefixes)
+        shared = self.shared(sequences, prefixes)
         limit = batch_tokens or BATCH_TOKENS.get(self.device.type, 4096)
         groups = plan([len(ids) for ids in sequences], limit, shared, batch_size)
         cached = self.prefix_cache.get(shared, self.model)

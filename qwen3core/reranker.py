@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .batch import PackedBatch
+from .batch import PackedBatch, Prefix
 from .calls import as_scores, theirs
 from .errors import CheckpointError, InputError, as_text, check_int
 from .model import Qwen3Model
@@ -157,19 +157,10 @@ class Reranker(Pretrained):
             InputError: for what is no pair of texts, or an option that cannot be.
         """
         checked, single = as_pairs(pairs)
-        layout, template = self.layout, self.tokenizer.template
-        task = as_text("instruction", layout.instruction if instruction is None else instruction)
-        if instruction is not None and FIELDS[0] not in template.body:
-            raise InputError(f"instruction: expected none, for which this template has no place, found {task!r}")
-        # All pairs of a query begin with it; those of queries with a single pair, with what comes before any query.
-        counts = Counter(query for query, _ in checked)
-        starts = {query: template.start(task, query if n > 1 else None) for query, n in counts.items()}
-        token_ids = self.tokenizer.encode(list(starts.values()))
-        prefixes = {query: (*self.tokenizer.prefix, *ids) for query, ids in zip(starts, token_ids, strict=True)}
+        labels = len(self.layout.labels)
         scores = self.run(
-            [template.fill(task, query, document) for query, document in checked],
-            [prefixes[query] for query, _ in checked],
-            () if len(layout.labels) == 1 else (len(layout.labels),),
+            *self.fill(checked, instruction),
+            () if labels == 1 else (labels,),
             batch_tokens=batch_tokens,
             batch_size=batch_size,
             show_progress_bar=show_progress_bar,
@@ -178,6 +169,20 @@ class Reranker(Pretrained):
             logit=logit,
         )
         return as_asked(scores, single=single, tensor=convert_to_tensor or grad)
+
+    def fill(self, pairs: Sequence[tuple[str, str]], instruction: str | None = None) -> tuple[list[str], list[Prefix]]:
+        """The template's text of each (query, document), and the ids that it may begin with. Raises InputError."""
+        template = self.tokenizer.template
+        task = as_text("instruction", self.layout.instruction if instruction is None else instruction)
+        if instruction is not None and FIELDS[0] not in template.body:
+            raise InputError(f"instruction: expected none, for which this template has no place, found {task!r}")
+        # All pairs of a query begin with it; those of queries with a single pair, with what comes before any query.
+        counts = Counter(query for query, _ in pairs)
+        starts = {query: template.start(task, query if n > 1 else None) for query, n in counts.items()}
+        token_ids = self.tokenizer.encode(list(starts.values()))
+        prefixes = {query: (*self.tokenizer.prefix, *ids) for query, ids in zip(starts, token_ids, strict=True)}
+        texts = [template.fill(task, query, document) for query, document in pairs]
+        return texts, [prefixes[query] for query, _ in pairs]
 
     def to_sequences(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer.reranking(texts, self.max_length)

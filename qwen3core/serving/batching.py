@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..batch import Prefix
 from ..forks import use_threads
-from ..planning import plan, shared_prefixes
+from ..planning import plan
 from ..pretrained import BATCH_TOKENS, Pretrained, is_finite
 
 
@@ -75,8 +75,7 @@ class _Job:
 
     def plan(self, work: Work, batch_tokens: int) -> None:
         self.work, lengths = work, [len(ids) for ids in work.sequences]
-        model = work.pretrained.model
-        shared = shared_prefixes(work.sequences, work.prefixes) if model.shortcuts else [()] * len(lengths)
+        shared = work.pretrained.shared(work.sequences, work.prefixes)
         for group in plan(lengths, batch_tokens, shared):
             own = sum(lengths[i] - len(shared[i]) for i in group)
             self.groups.append((group, own + sum(map(len, {shared[i] for i in group}))))
@@ -219,8 +218,7 @@ class Batcher:
         work = taken[0][0].work
         pretrained = work.pretrained
         sequences = [job.work.sequences[i] for job, group in taken for i in group]
-        share = pretrained.model.shortcuts and (len(sequences) > 1 or pretrained.prefix_cache.max_tokens)
-        prefixes = [job.work.prefixes[i] if share else () for job, group in taken for i in group]
+        prefixes = [job.work.prefixes[i] for job, group in taken for i in group]
         results, order = [], []
         for batch in pretrained.pack_block(list(range(len(sequences))), sequences, prefixes, self._limit(work)):
             self.observe(len(batch.indices), len(batch.input_ids))

@@ -6,11 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..batch import Prefix
 from ..embedder import Embedder
 from ..errors import InputError
 from ..pretrained import Pretrained
-from ..prompts import FIELDS
 from ..reference import cut
 from ..reranker import Reranker
 from .batching import Work
@@ -35,27 +33,26 @@ def embedding(
 
     Raises InputError, whose message begins with the field.
     """
-    layout, width = embedder.layout, embedder.layout.width(embedder.model.config.hidden_size)
+    width = embedder.layout.width(embedder.model.config.hidden_size)
     if dim is not None and dim > width:
         raise InputError(f"dimensions: expected an integer from 1 to {width}, found {dim}")
     if task == "query" or instruction is not None:
         prompt = embedder.query_prompt(instruction)
     else:
-        prompt = embedder._prompt(task or prompt_name)
-    tokenizer, prefix = embedder.tokenizer, embedder._prefix(prompt)
+        prompt = embedder.prompt_named(task or prompt_name)
+    tokenizer, (prefix, prompt_length) = embedder.tokenizer, embedder.prefix(prompt)
     if isinstance(inputs[0], str):
         token_ids = tokenizer.encode([f"{prompt}{text}" for text in inputs])
     else:
         token_ids = [[*prefix[len(tokenizer.opening) :], *_alone(embedder, ids)] for ids in inputs]
     token_ids = _fitting(embedder, "input", token_ids, tokenizer.opening, tokenizer.closing, truncate)
-    prompt_length = 0 if layout.include_prompt or not prompt else embedder._prompt_length(prefix)
     dim = dim or embedder.get_embedding_dimension()
     return Work(
         embedder,
         tokenizer.close(token_ids, embedder.max_length),
         [prefix] * len(token_ids),
         {"normalize": False, "prompt_length": prompt_length},
-        partial(cut, dim=dim, normalize=layout.normalize),
+        partial(cut, dim=dim, normalize=embedder.layout.normalize),
     )
 
 
@@ -83,21 +80,10 @@ def ranking(
 
     Raises InputError, whose message begins with the field.
     """
-    tokenizer, template = reranker.tokenizer, reranker.tokenizer.template
-    if instruction is not None and FIELDS[0] not in template.body:
-        raise InputError("instruction: expected none, for which this checkpoint's template has no place")
-    task = reranker.layout.instruction if instruction is None else instruction
-    queries = {query for query, _ in pairs}
-    [start] = tokenizer.encode([template.start(task, *(queries if len(pairs) > len(queries) == 1 else ()))])
-    token_ids = tokenizer.encode([template.fill(task, query, document) for query, document in pairs])
-    token_ids = _fitting(reranker, field, token_ids, tokenizer.prefix, tokenizer.suffix, truncate)
-    prefix: Prefix = (*tokenizer.prefix, *start)
-    return Work(
-        reranker,
-        tokenizer.apply_template(token_ids, reranker.max_length),
-        [prefix] * len(pairs),
-        {"weight": weight, "logit": logit},
-    )
+    tokenizer, (texts, prefixes) = reranker.tokenizer, reranker.fill(pairs, instruction)
+    token_ids = _fitting(reranker, field, tokenizer.encode(texts), tokenizer.prefix, tokenizer.suffix, truncate)
+    sequences = tokenizer.apply_template(token_ids, reranker.max_length)
+    return Work(reranker, sequences, prefixes, {"weight": weight, "logit": logit})
 
 
 def _fitting(
