@@ -13,14 +13,24 @@ no environment has them all.
 
 from __future__ import annotations
 
+import atexit
+import base64
 import ctypes
 import functools
 import hashlib
+import http.client
+import importlib
+import json
 import os
 import shutil
+import signal
+import socket
+import subprocess
 import sys
+import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -43,6 +53,9 @@ CACHE = "bench-cache"
 LLAMA_SEQUENCES = 64
 """Sequences that llama.cpp decodes at once, at most."""
 PRODUCTS = "its matrix products alone"
+CLIENTS = 16
+"""Clients of a server, each with a request of one text at a time."""
+SERVED_MODEL = "model"
 
 
 def embedders(
@@ -106,10 +119,36 @@ def products(
     return {PRODUCTS: lambda: _products(directory, dtype, device)}
 
 
+def served(
+    directory: Path, dtype: str, *, device: str = "cpu", length: int = MAX_LENGTH
+) -> dict[str, Callable[[], Embed]]:
+    """qwen3core in one call, and servers, each asked by CLIENTS at a time."""
+    place = ("--device", device)
+    ours = ("qwen3core", "serve", f"{SERVED_MODEL}={directory}", "--max-length", str(length), *place)
+    vllm = ("vllm.entrypoints.openai.api_server", "--model", str(directory), "--max-model-len", str(length))
+    infinity = ("infinity_emb.cli", "v2", "--model-id", str(directory), "--url-prefix", "/v1", *place)
+    plain = ("--no-bettertransformer", "--no-model-warmup")  # its warm-up is a batch of 32 texts of 512 tokens
+    name = ("--served-model-name", SERVED_MODEL)
+    engines: dict[str, Callable[[], Embed]] = {
+        "qwen3core": lambda: _qwen3core_embed(directory, dtype, device, length),
+        "qwen3core, served": lambda: _served_embed(*ours, "--dtype", "auto" if dtype == "bfloat16" else dtype),
+        "infinity, served": lambda: _served_embed(*infinity, *name, "--dtype", dtype, *plain),
+    }
+    if device == "cpu":
+
+        def vllm_served() -> Embed:
+            _vllm_environment(dtype, length)
+            return _served_embed(*vllm, *name, "--runner", "pooling", "--dtype", dtype, "--no-enable-prefix-caching")
+
+        engines["vLLM, served"] = vllm_served
+    return engines
+
+
 OPENERS: dict[str, Callable[..., dict[str, Callable[[], Any]]]] = {
     "embed": embedders,
     "rerank": rerankers,
     "products": products,
+    "served": served,
 }
 
 
@@ -282,25 +321,74 @@ def _cross_encoder_rerank(directory: Path, dtype: str, device: str, length: int)
     return rerank
 
 
+# Servers, in a process of their own beside the clients, of the worker's environment.
+
+
+def _served_embed(module: str, *arguments: str) -> Embed:
+    importlib.import_module(module.partition(".")[0])  # or it is not installed
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen([sys.executable, "-m", module, *arguments, "--port", str(port)], start_new_session=True)
+    atexit.register(os.killpg, server.pid, signal.SIGKILL)  # with the processes that it started
+    while not _healthy(port):
+        if server.poll() is not None:
+            raise RuntimeError(f"{module}: its server ended with {server.returncode}")
+        time.sleep(0.5)
+
+    def client(left: Iterator[tuple[int, str]]) -> list[tuple[int, np.ndarray]]:
+        connection, found = http.client.HTTPConnection("127.0.0.1", port), []
+        for index, text in left:  # of all clients
+            body = json.dumps({"model": SERVED_MODEL, "input": text, "encoding_format": "base64"})
+            connection.request("POST", "/v1/embeddings", body, {"Content-Type": "application/json"})
+            [item] = json.load(connection.getresponse())["data"]
+            found.append((index, np.frombuffer(base64.b64decode(item["embedding"]), np.float32)))
+        connection.close()
+        return found
+
+    def embed(texts: list[str]) -> np.ndarray:
+        left = enumerate(texts)
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            found = [pair for pairs in pool.map(client, [left] * CLIENTS) for pair in pairs]
+        return np.stack([vector for _, vector in sorted(found, key=lambda pair: pair[0])])
+
+    return embed
+
+
+def _healthy(port: int) -> bool:
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
 # vLLM: its own scheduler and kernels, on a CPU bound to the cores that it may use. It compiles the model at the first
 # opening, and finds the result in its cache later: slower to open than enforce_eager=True, faster at every workload.
 
 
 def _vllm(directory: Path, dtype: str, device: str, length: int, **options: Any) -> Any:
-    """An LLM. Its manual asks for the preloaded libraries, which the process that it starts for its engine inherits."""
     if device == "cpu":
-        library = Path(sys.prefix) / "lib"
-        found = [*library.glob("libtcmalloc*.so*"), *library.glob("libiomp5.so")]
-        os.environ["LD_PRELOAD"] = ":".join(map(str, found))
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-        gigabytes = length // MAX_LENGTH * (2 if dtype == "float32" else 1)  # keys and values of one text of MAX_LENGTH
-        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, gigabytes))
+        _vllm_environment(dtype, length)
     else:
         options["gpu_memory_utilization"] = 0.4  # other engines are open at the same time
-    os.environ["VLLM_USE_AOT_COMPILE"] = "0"  # vLLM 0.32 cannot load what that stored, and compiles at every opening
     from vllm import LLM
 
     return LLM(str(directory), runner="pooling", dtype=dtype, max_model_len=length, seed=0, **options)
+
+
+def _vllm_environment(dtype: str, length: int) -> None:
+    """For a CPU. Its manual asks for the preloaded libraries, which the process of its engine inherits."""
+    library = Path(sys.prefix) / "lib"
+    found = [*library.glob("libtcmalloc*.so*"), *library.glob("libiomp5.so")]
+    os.environ["LD_PRELOAD"] = ":".join(map(str, found))
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+    gigabytes = length // MAX_LENGTH * (2 if dtype == "float32" else 1)  # keys and values of one text of MAX_LENGTH
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, gigabytes))
+    os.environ["VLLM_USE_AOT_COMPILE"] = "0"  # vLLM 0.32 cannot load what that stored, and compiles at every opening
 
 
 def _vllm_embed(directory: Path, dtype: str, device: str, length: int) -> Embed:

@@ -24,7 +24,10 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("torch", "transformers", "sentence_transformers", "onnxruntime", "openvino", "optimum", "llama_cpp", "vllm")
+MODULES = (
+    *("torch", "transformers", "sentence_transformers", "onnxruntime", "openvino", "optimum", "llama_cpp", "vllm"),
+    *("infinity_emb", "fastapi"),
+)
 """Modules whose versions numbers depend on."""
 
 

@@ -72,7 +72,7 @@ class Setup:
         texts = []
         for n in lengths:
             [ids] = tokenizer.encode([" ".join(chance.choices(words, k=n))])
-            texts.append(tokenizer.decode(ids[: n - 1]).replace("\ufffd", ""))
+            texts.append(tokenizer.decode(ids[: n - 1]).replace("\ufffd", "").strip())
         return texts, sum(map(len, tokenizer.embedding(texts, 2**31)))
 
     def options(self, job: str) -> dict[str, Any]:
@@ -129,8 +129,8 @@ def corpus(setup: Setup) -> Iterator[Row]:
     products.close()
 
 
-def corpus_texts(setup: Setup) -> tuple[list[str], int]:
-    count = round((512 if setup.device == "cuda" else 24) * setup.scale)
+def corpus_texts(setup: Setup, times: int = 1) -> tuple[list[str], int]:
+    count = round((512 if setup.device == "cuda" else 24) * times * setup.scale)
     drawn = numpy.random.default_rng(0).lognormal(numpy.log(90), 0.8, count)
     return setup.texts([min(1024, max(2, round(n))) for n in drawn])
 
@@ -179,6 +179,13 @@ def growth(setup: Setup) -> Iterator[Row]:
         yield from compared(labels, {OURS: partial(worker.call, [[texts]])}, setup)
 
 
+def served(setup: Setup) -> Iterator[Row]:
+    """Four times the corpus from 16 clients at a time, a text a request, beside the same texts in one call."""
+    texts, tokens = corpus_texts(setup, 4)
+    runs = {name: partial(worker.call, [[texts]]) for name, worker in setup.opened("served").items()}
+    yield from compared({"workload": "served", "size": f"{len(texts)} texts", "tokens": tokens}, runs, setup)
+
+
 def rerank(setup: Setup) -> Iterator[Row]:
     """One query with documents of about 120 tokens; only the documents' tokens are counted."""
     count = round((50 if setup.device == "cuda" else 12) * min(1, setup.scale))
@@ -222,7 +229,7 @@ def memory(setup: Setup) -> Iterator[Row]:
 
 
 WORKLOADS: dict[str, Callable[[Setup], Iterator[Row]]] = {
-    f.__name__: f for f in (corpus, lengths, query, long, growth, startup, memory, rerank)
+    f.__name__: f for f in (corpus, lengths, query, long, growth, startup, memory, rerank, served)
 }
 
 
