@@ -19,7 +19,7 @@ import json, sys
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
-from qwen3core import Embedder, Reranker, capture
+from qwen3core import Embedder, InputError, Reranker, capture
 from qwen3core.parallel import tensor_parallel
 
 TEXTS = [f"text number {i} " * (i % 5 + 1) for i in range(12)]
@@ -44,6 +44,10 @@ if __name__ == "__main__":
     mesh = init_device_mesh("cpu", (2,))
     for opened in (embedder, reranker):
         tensor_parallel(opened.model, mesh)
+    try:
+        embedder.save(sys.argv[2] + "-saved")
+    except InputError as error:
+        refused = str(error)
     together = results(embedder, reranker)
     attn = embedder.model.layers[0].self_attn
     with capture(embedder, "layers.0.z") as acts:
@@ -52,6 +56,7 @@ if __name__ == "__main__":
         "errors": [float(abs(torch.as_tensor(a) - torch.as_tensor(b)).max()) for a, b in zip(alone, together)],
         "local": [list(attn.q_proj.weight.to_local().shape), list(attn.o_proj.weight.to_local().shape)],
         "z": list(acts["layers.0.z"].shape[1:]),
+        "refused": refused,
     }))
     distributed.destroy_process_group()
 """
@@ -75,6 +80,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
         assert norms < tolerances.GRADIENT_FP32
         assert found["local"] == [[128, 256], [256, 128]]
         assert found["z"] == [2, 64]
+        assert "q_proj.weight: expected a whole weight" in found["refused"]
 
 
 def model(**changed: Any):

@@ -21,9 +21,11 @@ def save_model(
     """Write the checkpoint ``source`` with this model's weights, and in config.json its sizes.
 
     changes: as for ``rewrite``. Raises InputError where a module is not the decoder's own, sizes differ between layers,
-    or weights are int8, and as ``rewrite`` does.
+    or weights are int8 or shared out, and as ``rewrite`` does.
     """
     check_rewritable(source, directory)
+    if part := next((name for name, weight in model.named_parameters() if hasattr(weight, "device_mesh")), None):
+        raise InputError(f"save: {part}: expected a whole weight, found the part that one process has of it")
     config = sizes(model)
     with torch.device("meta"):
         like = Qwen3Model(config, model.ops, lm_head=model.lm_head is not None, layout=model.layout)
