@@ -19,6 +19,17 @@ text = st.integers(0, 90).flatmap(lambda n: st.lists(words, min_size=n, max_size
 several = st.lists(text, min_size=1, max_size=8)
 
 
+def examples(dtype, count):
+    """Fewer where the CPU emulates bfloat16, which takes ten times as long."""
+    emulated = dtype == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return settings(
+        max_examples=count // 4 if emulated else count,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+
+
 @pytest.fixture(params=[1, 2])
 def threads(request):
     before = torch.get_num_threads()
@@ -37,7 +48,7 @@ def test_vectors(dtype, threads):
     plain = opened(Embedder, "tiny-embedding", dtype)
     cached = opened(Embedder, "tiny-embedding", dtype, prefix_cache_tokens=200)
 
-    @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    @examples(dtype, 8)
     @given(several, several, st.sampled_from(PROMPTS), st.randoms(use_true_random=False), st.integers(500, 3000))
     def check(texts, others, prompt, chance, batch_tokens):
         alone = {t: plain.encode(t, prompt=prompt) for t in texts}
@@ -57,7 +68,7 @@ def test_scores(dtype, threads):
     plain = opened(Reranker, "tiny-reranker", dtype)
     cached = opened(Reranker, "tiny-reranker", dtype, prefix_cache_tokens=500)
 
-    @settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    @examples(dtype, 5)
     @given(several, text, st.randoms(use_true_random=False))
     def check(documents, query, chance):
         pairs = [*((query, d) for d in documents), ("another", documents[0])]
