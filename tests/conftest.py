@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+from torch.backends import mkldnn
 
 if not torch.cuda.is_available():  # before triton is imported, which reads it then
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -20,6 +21,8 @@ from qwen3core.weights.synthesize import synthesize
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+BFLOAT16 = mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+"""Whether the CPU computes in bfloat16; others emulate it, in ten times the time."""
 REAL_TOKENIZER = SHARED / "tokenizer" / "tokenizer.json"
 
 

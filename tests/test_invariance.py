@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from conftest import BFLOAT16
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.backends import mkldnn
@@ -20,8 +21,8 @@ several = st.lists(text, min_size=1, max_size=8)
 
 
 def examples(dtype, count):
-    """Fewer where the CPU emulates bfloat16, which takes ten times as long."""
-    emulated = dtype == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Fewer where the CPU emulates bfloat16."""
+    emulated = dtype == "bfloat16" and not BFLOAT16
     return settings(
         max_examples=count // 4 if emulated else count,
         deadline=None,

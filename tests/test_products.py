@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import BFLOAT16
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tolerances import REORDERED_FP32
@@ -18,9 +19,7 @@ from qwen3core import Embedder, Ops, products, reference
 from qwen3core.products import PACKED, USES, linear, linears, prepacked_linear, prepacked_linears
 
 pytestmark = pytest.mark.skipif(not mkldnn.is_available(), reason="torch without oneDNN")
-bfloat16_is_laid_out = pytest.mark.skipif(
-    not mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN without bfloat16"
-)
+bfloat16_is_laid_out = pytest.mark.skipif(not BFLOAT16, reason="oneDNN without bfloat16")
 SHAPES = ((96, 64), (32, 64), (32, 64))
 
 
