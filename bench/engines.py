@@ -56,6 +56,7 @@ PRODUCTS = "its matrix products alone"
 CLIENTS = 16
 """Clients of a server, each with a request of one text at a time."""
 SERVED_MODEL = "model"
+SERVED_NAME = ("--served-model-name", SERVED_MODEL)
 
 
 def embedders(
@@ -125,22 +126,15 @@ def served(
     """qwen3core in one call, and servers, each asked by CLIENTS at a time."""
     place = ("--device", device)
     ours = ("qwen3core", "serve", f"{SERVED_MODEL}={directory}", "--max-length", str(length), *place)
-    vllm = ("vllm.entrypoints.openai.api_server", "--model", str(directory), "--max-model-len", str(length))
     infinity = ("infinity_emb.cli", "v2", "--model-id", str(directory), "--url-prefix", "/v1", *place)
     plain = ("--no-bettertransformer", "--no-model-warmup")  # its warm-up is a batch of 32 texts of 512 tokens
-    name = ("--served-model-name", SERVED_MODEL)
     engines: dict[str, Callable[[], Embed]] = {
         "qwen3core": lambda: _qwen3core_embed(directory, dtype, device, length),
         "qwen3core, served": lambda: _served_embed(*ours, "--dtype", "auto" if dtype == "bfloat16" else dtype),
-        "infinity, served": lambda: _served_embed(*infinity, *name, "--dtype", dtype, *plain),
+        "infinity, served": lambda: _served_embed(*infinity, *SERVED_NAME, "--dtype", dtype, *plain),
     }
     if device == "cpu":
-
-        def vllm_served() -> Embed:
-            _vllm_environment(dtype, length)
-            return _served_embed(*vllm, *name, "--runner", "pooling", "--dtype", dtype, "--no-enable-prefix-caching")
-
-        engines["vLLM, served"] = vllm_served
+        engines["vLLM, served"] = lambda: _vllm_served_embed(directory, dtype, device, length)
     return engines
 
 
@@ -371,24 +365,26 @@ def _healthy(port: int) -> bool:
 
 
 def _vllm(directory: Path, dtype: str, device: str, length: int, **options: Any) -> Any:
-    if device == "cpu":
-        _vllm_environment(dtype, length)
-    else:
+    """An LLM."""
+    _vllm_environment(dtype, device, length)
+    if device != "cpu":
         options["gpu_memory_utilization"] = 0.4  # other engines are open at the same time
     from vllm import LLM
 
     return LLM(str(directory), runner="pooling", dtype=dtype, max_model_len=length, seed=0, **options)
 
 
-def _vllm_environment(dtype: str, length: int) -> None:
-    """For a CPU. Its manual asks for the preloaded libraries, which the process of its engine inherits."""
+def _vllm_environment(dtype: str, device: str, length: int) -> None:
+    """Its manual asks for the preloaded libraries on a CPU, which the process of its engine inherits."""
+    os.environ["VLLM_USE_AOT_COMPILE"] = "0"  # vLLM 0.32 cannot load what that stored, and compiles at every opening
+    if device != "cpu":
+        return
     library = Path(sys.prefix) / "lib"
     found = [*library.glob("libtcmalloc*.so*"), *library.glob("libiomp5.so")]
     os.environ["LD_PRELOAD"] = ":".join(map(str, found))
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     gigabytes = length // MAX_LENGTH * (2 if dtype == "float32" else 1)  # keys and values of one text of MAX_LENGTH
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, gigabytes))
-    os.environ["VLLM_USE_AOT_COMPILE"] = "0"  # vLLM 0.32 cannot load what that stored, and compiles at every opening
 
 
 def _vllm_embed(directory: Path, dtype: str, device: str, length: int) -> Embed:
@@ -399,6 +395,13 @@ def _vllm_embed(directory: Path, dtype: str, device: str, length: int) -> Embed:
         return np.array([output.outputs.embedding for output in found], np.float32)
 
     return _forgetful(model, embed)
+
+
+def _vllm_served_embed(directory: Path, dtype: str, device: str, length: int) -> Embed:
+    """Without the cache of prefixes, which ``_forgetful`` cannot reach there."""
+    _vllm_environment(dtype, device, length)
+    model = ("--model", str(directory), "--max-model-len", str(length), "--dtype", dtype, "--runner", "pooling")
+    return _served_embed("vllm.entrypoints.openai.api_server", *model, *SERVED_NAME, "--no-enable-prefix-caching")
 
 
 def _vllm_rerank(directory: Path, dtype: str, device: str, length: int) -> Rerank:
