@@ -586,7 +586,8 @@ def test_whole_model(dtype, kind, counts, device, request):
 
     exact, plain = (run("reference", precision, "cpu") for precision in ("float64", dtype))
     found = run("triton", dtype, device)
-    for result in list(zip(found, plain, exact, strict=True))[:4]:
+    approximate = dtype == "float32" and request.node.callspec.params["device"] != "exact"
+    for result in list(zip(found, plain, exact, strict=True))[: 4 if approximate else None]:
         obeys(*([x] for x in result))
     # Gradients together, each relative to its norm: the error of the worst conditioned, layer 2's k_norm, is 1e-6
     # and chance, in plain PyTorch as here: the worst is 0.9 to 2.0 times plain's in GPU arithmetic, with 12 seeds.
